@@ -1,0 +1,44 @@
+"""A base named by a directory or by a hub id."""
+
+import re
+from pathlib import Path
+from typing import Final
+
+from deepen.errors import CheckpointError
+
+# Only files that cannot run code, and only the model's own folder.
+_WANTED: Final = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_base(base: str | Path) -> Path:
+    """Return the directory of a base; a hub id is downloaded, or found in the hub's cache.
+
+    A directory of that name wins. `HF_HUB_OFFLINE=1` keeps the hub's client from the network.
+
+    Args:
+        base: a directory or a hub id such as `meta-llama/Llama-2-7b-hf`.
+
+    Raises:
+        CheckpointError: it is neither, or the hub does not give it.
+    """
+    if str(base) and Path(base).is_dir():
+        return Path(base)
+    if isinstance(base, Path) or not _HUB_ID.fullmatch(base) or Path(base).exists():
+        raise CheckpointError(
+            f"{base or '(nothing)'}: no such directory; give a checkpoint's directory or a hub id"
+        )
+    return _download(base)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's client lets through whatever its network stack raises
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{name}: no such directory, and not from the hub ({type(error).__name__}: {reason[:100]}…).\n"
+            "Check the spelling, log in for gated models, or download it elsewhere and give its directory"
+        ) from None

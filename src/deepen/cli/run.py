@@ -1,0 +1,94 @@
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deepen.cli.apps import new_app
+from deepen.cli.compare import report_comparison
+from deepen.cli.output import human_count, print_json
+
+if TYPE_CHECKING:
+    from deepen.pipeline.plan import RunPlan
+    from deepen.records import RunResult
+
+app = new_app()
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Set a key of the recipe, e.g. train.tokens=1e6.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Expand, train, evaluate and report, as a recipe says."""
+    from deepen.config import load_recipe
+
+    asked = load_recipe(recipe, settings or [])
+    if dry_run:
+        from deepen.pipeline.plan import plan_run
+
+        _report_plan(plan_run(asked), as_json)
+        return
+    # Before the imports that take seconds: what is wrong with the output can be said at once.
+    from deepen.cli.display import display
+    from deepen.pipeline.directory import check_run
+
+    check_run(asked, resume=resume, overwrite=overwrite)
+    with display() as reporter:
+        reporter.stage("starting")
+        from deepen.pipeline.run import run_recipe
+
+        result = run_recipe(asked, resume=resume, overwrite=overwrite, reporter=reporter)
+    _report(Path(asked.output), result, as_json)
+
+
+def _report_plan(plan: "RunPlan", as_json: bool) -> None:
+    from deepen.config import dump_recipe
+
+    facts = {
+        "dry_run": True,
+        "recipe": plan.recipe,
+        "layout": plan.layout.draw() if plan.layout else None,
+        "parameters": plan.parameters,
+        "steps": plan.steps,
+        "tokens": plan.tokens,
+        "windows_per_step": plan.windows,
+        "windows_per_forward": plan.micro_batch,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    print(dump_recipe(plan.recipe))
+    print(f"layout      {plan.layout.draw() if plan.layout else 'the base as it is'}")
+    counts = plan.parameters
+    print(
+        f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; "
+        f"{human_count(counts.trainable)} train"
+    )
+    length = plan.recipe.data.sequence_length
+    print(
+        f"tokens      {human_count(plan.tokens)} in {plan.steps} steps of {plan.windows} windows × "
+        f"{length} tokens ({plan.micro_batch} windows a forward pass)"
+    )
+
+
+def _report(output: Path, result: "RunResult", as_json: bool) -> None:
+    from deepen.records import EvaluationRecord, read_record
+
+    if as_json:
+        record = read_record(output / "evaluation" / "heldout.json", EvaluationRecord)
+        print_json({**result.model_dump(mode="json"), "metrics": record.metrics})
+        return
+    report_comparison([output], None, None, as_json)
+    if result.identity and result.audit:
+        print(f"before training: the base to the bit ({'; '.join(result.identity.checks)})")
+        print(f"after training: {result.audit.tensors} base tensors unchanged, by hash of all bytes")
+    for path in (*result.outputs, "report.html"):
+        print(output / path)

@@ -1,0 +1,25 @@
+"""The recipe: strict, frozen models read from YAML with `--set` on top."""
+
+from deepen.config.load import dump_recipe, load_recipe, parse_recipe
+from deepen.config.recipe import (
+    DataSection,
+    EvaluateSection,
+    ExpandSection,
+    Recipe,
+    Source,
+    TextSet,
+    TrainSection,
+)
+
+__all__ = [
+    "DataSection",
+    "EvaluateSection",
+    "ExpandSection",
+    "Recipe",
+    "Source",
+    "TextSet",
+    "TrainSection",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+]

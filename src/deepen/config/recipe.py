@@ -1,0 +1,230 @@
+"""What a recipe can say. The docstring under a field states its unit and scope."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _whole(value: Any) -> Any:
+    """Accept 4e6 where a whole number is meant."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _real(value: Any) -> Any:
+    """Accept 1 where 1.0 is meant; a bool is not a number."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _sequence(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Index = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Real = Annotated[float, BeforeValidator(_real)]
+Positive = Annotated[float, BeforeValidator(_real), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(_real), Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict in its types, closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class TextSet(Section):
+    """A text to read: files on disk or a dataset of the hub."""
+
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
+    """How results call it; default: the name of its file or dataset."""
+
+    path: str | None = None
+    """File, directory or glob of .txt, .md, .jsonl, .json or .parquet (also .gz where the format allows)."""
+
+    hub: str | None = None
+    """Dataset id on the Hugging Face hub, instead of `path`."""
+
+    subset: str | None = None
+    """Configuration of the hub dataset."""
+
+    split: str = "train"
+    """Split of the hub dataset."""
+
+    field: str | None = None
+    """Key that holds the text in a record; default `text`."""
+
+    template: str | None = None
+    """Instead of `field`: text built from several keys, as `{question}\\n{answer}`."""
+
+    separator: str | None = None
+    """Cuts a plain-text file into documents; default: one file is one document."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        if self.field is not None and self.template is not None:
+            raise ValueError("give either field or template")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name results use."""
+        if self.name:
+            return self.name
+        last = (self.path or self.hub or "").rstrip("/").rsplit("/", 1)[-1]
+        stem = last.split(".", 1)[0].replace("*", "").strip("-_")
+        return stem or "text"
+
+
+class Source(TextSet):
+    """A text to train on."""
+
+    weight: Positive = 1.0
+    """How often a token of this source is seen for each time a token of a weight-1 source is."""
+
+
+class ExpandSection(Section):
+    """Which new blocks are added, and where."""
+
+    blocks: Count | None = None
+    """Number of new blocks."""
+
+    placement: Literal["interleaved", "suffix", "prefix"] = "interleaved"
+    """`interleaved` (the paper), `suffix` (all at the top) or `prefix` (all at the bottom)."""
+
+    groups: Count | None = None
+    """Number of groups for `interleaved`; default: one new block a group."""
+
+    after: Annotated[tuple[int, ...], BeforeValidator(_sequence)] | None = None
+    """Explicit base blocks to stand on (-1: the bottom) instead of a placement."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.blocks is None and self.after is None:
+            raise ValueError("give blocks or after")
+        return self
+
+
+class DataSection(Section):
+    """What is trained on and how it is cut."""
+
+    sequence_length: Annotated[Count, Field(ge=2)]
+    """Tokens in one training window."""
+
+    sources: Annotated[tuple[Source, ...], BeforeValidator(_sequence), Field(min_length=1)]
+    """The mixture."""
+
+    heldout: Share = 0.0
+    """Share of every source's documents kept out of training; they are evaluated as domain text."""
+
+    cache: str | None = None
+    """Directory of tokenised corpora; default `$DEEPEN_CACHE` or `~/.cache/deepen`."""
+
+    workers: Count = 1
+    """Processes that tokenise. With 1 a fast tokenizer uses threads of its own, which is often faster."""
+
+
+class TrainSection(Section):
+    """How the trainable parameters are trained."""
+
+    method: Literal["blocks", "full"] = "blocks"
+    """What trains: the new blocks, or every parameter of the base (no expansion)."""
+
+    tokens: Count
+    """Token budget; rounded up to whole steps."""
+
+    batch_tokens: Count
+    """Tokens in one optimiser step; rounded to whole windows."""
+
+    micro_batch: Count | None = None
+    """Windows in one forward pass; default: as many as hold 16,384 tokens. Does not change the result."""
+
+    learning_rate: Positive
+    """Peak learning rate."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+
+    warmup: Share = 0.06
+    """Share of the steps over which the learning rate rises from 0."""
+
+    final_learning_rate: Annotated[Real, Field(ge=0, le=1)] = 0.1
+    """Where the cosine ends, as a share of the peak."""
+
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.1
+    """AdamW decay of matrices; norms and biases have none."""
+
+    betas: Annotated[tuple[Real, Real], BeforeValidator(_sequence)] = (0.9, 0.95)
+    """AdamW momenta."""
+
+    clip: Positive | None = 1.0
+    """Largest gradient norm over all trainable parameters; null: none."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision; what trains is fp32 always. `auto`: bf16 on a GPU, fp32 on a CPU."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+
+    compile: bool = False
+    """Compile the blocks; slow first step, faster afterwards."""
+
+    seed: Index = 0
+    """Seed of the order of the data and of every random draw."""
+
+    evaluate_every: Count | None = None
+    """Steps between evaluations of held-out loss; default: a tenth of the run."""
+
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; default: a tenth of the run."""
+
+    keep_checkpoints: Count = 2
+    """Checkpoints kept; older ones are removed."""
+
+
+class EvaluateSection(Section):
+    """Texts on which the base and the trained model are compared."""
+
+    general: Annotated[tuple[TextSet, ...], BeforeValidator(_sequence)] = ()
+    """What must be kept."""
+
+    domain: Annotated[tuple[TextSet, ...], BeforeValidator(_sequence)] = ()
+    """What must be learned."""
+
+    max_tokens: Count = 200_000
+    """Tokens read from each text, from its beginning."""
+
+
+class Recipe(Section):
+    """A whole run: base → expand → train → evaluate."""
+
+    base: str
+    """Checkpoint to start from: a directory or a hub id."""
+
+    output: str
+    """Run directory."""
+
+    expand: ExpandSection | None = None
+    """New blocks; required by method `blocks`, not allowed with `full`."""
+
+    data: DataSection
+    train: TrainSection
+    evaluate: EvaluateSection = EvaluateSection()
+    merge: bool = False
+    """Also write `model/`, an ordinary checkpoint with the trained blocks in it."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.train.method == "blocks" and self.expand is None:
+            raise ValueError("method blocks needs an expand section (for example expand: {blocks: 8})")
+        if self.train.method == "full" and self.expand is not None:
+            raise ValueError("method full trains the base itself; remove the expand section")
+        if self.train.batch_tokens < self.data.sequence_length:
+            raise ValueError(
+                f"train.batch_tokens {self.train.batch_tokens} is less than one window of "
+                f"data.sequence_length {self.data.sequence_length}"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Texts in: documents, tokenised corpora, the training mixture and evaluation windows."""

@@ -1,0 +1,56 @@
+"""Datasets of the Hugging Face hub, read through the `datasets` library without its progress bars."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deepen.config.recipe import TextSet
+from deepen.errors import DataError
+
+
+def load_hub(text: TextSet, cache: Path | None) -> Any:
+    """Load one split as a `datasets.Dataset`.
+
+    Args:
+        text: names the dataset (a hub id, or a local directory of the same form), its subset and split.
+        cache: directory of the Arrow copy; default: the library's own.
+
+    Raises:
+        DataError: it is not to be had; says what the library said.
+    """
+    import datasets
+
+    with quiet_datasets():
+        try:
+            return datasets.load_dataset(
+                text.hub, text.subset, split=text.split, cache_dir=None if cache is None else str(cache)
+            )
+        except Exception as error:  # the library raises its own, the hub's, and any of a reader's
+            raise DataError(_explain(text, error)) from error
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Switch off the bars of `datasets`, and put them back as they were."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _explain(text: TextSet, error: Exception) -> str:
+    subset = f" ({text.subset})" if text.subset else ""
+    said = str(error).strip().splitlines()
+    reason = said[0] if said else type(error).__name__
+    if isinstance(error, ConnectionError):
+        reason = (
+            "the hub cannot be reached and no copy is cached; "
+            "download the dataset elsewhere and give its directory as path"
+        )
+    return f"{text.hub}{subset}, split {text.split}: cannot be loaded: {reason}"

@@ -1,0 +1,192 @@
+"""Records that hold text: JSON, JSON lines, Parquet and datasets of the hub."""
+
+import json
+import string
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepen.config.recipe import TextSet
+from deepen.data.files import decode, open_bytes
+from deepen.errors import DataError
+
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Selector:
+    """How a record becomes text: one field as it is, or a template filled from several.
+
+    Attributes:
+        parts: pairs of literal text and the key whose value follows it (None: nothing follows).
+        template: whether numbers are welcome besides strings.
+    """
+
+    parts: tuple[tuple[str, str | None], ...]
+    template: bool
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys a record must have, each once."""
+        return tuple(dict.fromkeys(key for _, key in self.parts if key is not None))
+
+    def text(self, record: Any, where: str) -> str:
+        """Build the text of one record; `where` begins the message of a DataError."""
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: is {_json_type(record)}, not an object with keys")
+        self.require(record, where)
+        return "".join(
+            literal + ("" if key is None else self._value(record, key, where)) for literal, key in self.parts
+        )
+
+    def require(self, found: Collection[str], where: str) -> None:
+        """Raise DataError unless every key is among those found."""
+        for key in self.keys:
+            if key not in found:
+                raise DataError(f"{where}: no field {key!r}; found {_listed(found)}")
+
+    def _value(self, record: dict[str, Any], key: str, where: str) -> str:
+        value = record[key]
+        if isinstance(value, str):
+            return _encodable(value, key, where)
+        if self.template and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        raise DataError(f"{where}: field {key!r} is {_json_type(value)}, not text")
+
+
+def select(text: TextSet) -> Selector:
+    """Read `field` or `template` of a text set.
+
+    Raises:
+        DataError: the template is malformed or names no key.
+    """
+    if text.template is None:
+        return Selector(parts=(("", text.field or "text"),), template=False)
+    try:
+        parts = list(string.Formatter().parse(text.template))
+    except ValueError as error:
+        raise DataError(f"{text.label}: template {text.template!r}: {error}") from error
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        raise DataError(
+            f"{text.label}: template {text.template!r}: formats such as {{a:>8}} or {{a!r}} are not allowed"
+        )
+    if not any(key for _, key, _, _ in parts) or any(key == "" for _, key, _, _ in parts):
+        raise DataError(
+            f"{text.label}: template {text.template!r}: name keys as in {{question}}\\n{{answer}}"
+        )
+    return Selector(parts=tuple((literal, key) for literal, key, _, _ in parts), template=True)
+
+
+def read_json_lines(path: Path, selector: Selector) -> Iterator[str]:
+    """Read one record a line; empty lines are passed over."""
+    offset = 0
+    with open_bytes(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            content = decode(line, path, offset)
+            offset += len(line)
+            if content.strip():
+                where = f"{path}: line {number}"
+                yield selector.text(_parse(content, where), where)
+
+
+def read_json(path: Path, selector: Selector) -> Iterator[str]:
+    """Read a list of records, a single record, or (as many a .json holds) one record a line."""
+    with open_bytes(path) as stream:
+        content = decode(stream.read(), path, 0)
+    if _has_record_a_line(content):
+        yield from read_json_lines(path, selector)
+        return
+    if not content.strip():
+        return
+    value = _parse(content, str(path))
+    records = value if isinstance(value, list) else [value]
+    for number, record in enumerate(records, start=1):
+        yield selector.text(record, f"{path}: record {number}")
+
+
+def read_parquet(path: Path, selector: Selector) -> Iterator[str]:
+    """Read the columns needed of a Parquet file, some hundred rows at a time."""
+    import pyarrow.parquet
+
+    with _arrow_errors(path):
+        file = pyarrow.parquet.ParquetFile(path)
+    with file:
+        selector.require(file.schema_arrow.names, str(path))
+        number = 0
+        with _arrow_errors(path):
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(selector.keys)):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield selector.text(record, f"{path}: record {number}")
+
+
+def read_dataset(dataset: Any, selector: Selector, label: str) -> Iterator[str]:
+    """Read the rows of a `datasets.Dataset`."""
+    selector.require(dataset.column_names, label)
+    rows = dataset.select_columns(list(selector.keys))
+    for number, record in enumerate(rows, start=1):
+        yield selector.text(record, f"{label}: record {number}")
+
+
+@contextmanager
+def _arrow_errors(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: cannot be read as Parquet: {reason}") from error
+
+
+def _has_record_a_line(content: str) -> bool:
+    first, _, rest = content.strip().partition("\n")
+    if not first.startswith("{") or not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse(content: str, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: JSON that cannot be read: {error}") from error
+
+
+def _encodable(value: str, key: str, where: str) -> str:
+    """Refuse half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: field {key!r} is not Unicode: unpaired surrogate at character {error.start}"
+            ) from error
+    return value
+
+
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _listed(found: Collection[str]) -> str:
+    names = [str(name) for name in found]
+    return (", ".join(names[:12]) + (", …" if len(names) > 12 else "")) or "no keys"

@@ -1,0 +1,69 @@
+"""The errors a user can meet.
+
+::
+
+    DeepenError                 anything below; the command line prints it and exits with `exit_code`
+    ├── RecipeError             a recipe that cannot be read or holds faults (all of them, one a line)
+    ├── CheckpointError         a checkpoint that is missing, malformed or not what its config says
+    │   └── FamilyError         a model whose blocks deepen does not know
+    ├── LayoutError             new blocks that cannot be placed as asked
+    ├── OutputError             an output that exists, lies inside its input, or does not fit the disk
+    ├── PackError               a block pack that does not belong to this base
+    ├── DataError               a text source that is missing, empty or lacks its field
+    ├── TrainingError           training that cannot start, resume or go on
+    ├── Interrupted             work stopped on request, after saving (exit code 130)
+    └── CheckFailed             a check that ran and said no (exit code 3)
+
+A program that uses deepen as a library writes ``except deepen.DeepenError``. Everything else that is
+raised is a bug of ours.
+"""
+
+
+class DeepenError(Exception):
+    """Base class; `str(error)` is one or two lines: what, where, what was found, what to do."""
+
+    exit_code = 2
+
+
+class RecipeError(DeepenError):
+    """A recipe that cannot be read, or whose keys, types or values are wrong."""
+
+
+class CheckpointError(DeepenError):
+    """A checkpoint that is missing, malformed, unsafe to follow, or disagrees with its config."""
+
+
+class FamilyError(CheckpointError):
+    """A model family that deepen has no exact description of."""
+
+
+class LayoutError(DeepenError):
+    """New blocks that cannot be placed as asked."""
+
+
+class OutputError(DeepenError):
+    """An output that exists already, lies inside its input, or does not fit on the disk."""
+
+
+class PackError(DeepenError):
+    """A block pack that is malformed or does not belong to this base."""
+
+
+class DataError(DeepenError):
+    """A text source that is missing, empty, or lacks the field named."""
+
+
+class TrainingError(DeepenError):
+    """Training that cannot start, resume or go on."""
+
+
+class Interrupted(DeepenError):
+    """Work that stopped on SIGINT or SIGTERM after saving what was done."""
+
+    exit_code = 130
+
+
+class CheckFailed(DeepenError):
+    """A check that ran and said no, for example an expanded checkpoint that is not its base."""
+
+    exit_code = 3

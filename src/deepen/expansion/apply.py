@@ -1,0 +1,157 @@
+"""Executing a plan: bytes are copied by the kernel or filled with a constant. No arithmetic, no judgement."""
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from deepen.checkpoint import INDEX, write_file
+from deepen.errors import CheckpointError, OutputError
+from deepen.expansion.plan import Copy, Plan, PlannedFile, PlannedTensor
+
+Progress = Callable[[int, int], None]
+
+_STEP = 64 << 20  # between two calls of progress
+_BUFFER = 4 << 20
+_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+def write_weights(plan: Plan, directory: Path, progress: Progress | None = None) -> None:
+    """Write the plan's weight files, and their index if they have one, into an existing directory.
+
+    Args:
+        plan: what to write.
+        directory: where.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        CheckpointError: a source file has shrunk since the plan was made.
+    """
+    total, done = plan.bytes_written, 0
+    for file in plan.files:
+        for count in _write(file, directory / file.name):
+            done += count
+            if progress:
+                progress(done, total)
+    if (text := plan.index_text()) is not None:
+        write_file(directory / INDEX, text)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        directory: where the output will stand; it need not exist.
+        needed: bytes.
+
+    Raises:
+        OutputError: less is free.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = os.statvfs(existing).f_bavail * os.statvfs(existing).f_frsize
+    if needed > free:
+        raise OutputError(
+            f"{directory}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk"
+        )
+
+
+def fill_bytes(dtype: str, value: float) -> bytes:
+    """Return one little-endian element that holds `value`."""
+    if dtype == "BF16":
+        return struct.pack("<f", value)[2:]
+    return struct.pack({"F64": "<d", "F32": "<f", "F16": "<e"}[dtype], value)
+
+
+def _write(file: PlannedFile, path: Path) -> Iterator[int]:
+    """Write one file, yielding the number of bytes after each step."""
+    with ExitStack() as stack:
+        target = stack.enter_context(path.open("xb", buffering=0)).fileno()
+        sources: dict[Path, int] = {}
+        # The full length at once: whatever is then not written is a hole, which reads as zeros.
+        os.truncate(target, file.size)
+        _pwrite(target, file.header, 0)
+        yield len(file.header)
+        for tensor, position, length in _runs(file):
+            if isinstance(tensor.source, Copy):
+                source = tensor.source
+                if source.file not in sources:
+                    sources[source.file] = stack.enter_context(source.file.open("rb", buffering=0)).fileno()
+                yield from _copy(sources[source.file], target, source, position, length)
+            else:
+                _fill(target, fill_bytes(tensor.dtype, tensor.source.value), position, length)
+                yield length
+
+
+def _runs(file: PlannedFile) -> Iterator[tuple[PlannedTensor, int, int]]:
+    """Join neighbours that are neighbours in their source too: (first tensor, position, length in bytes)."""
+    first: PlannedTensor | None = None
+    position, length = len(file.header), 0
+    for tensor in file.tensors:
+        if first is not None and _follows(first, length, tensor):
+            length += tensor.length
+            continue
+        if first is not None:
+            yield first, position, length
+            position += length
+        first, length = tensor, tensor.length
+    if first is not None:
+        yield first, position, length
+
+
+def _follows(first: PlannedTensor, length: int, tensor: PlannedTensor) -> bool:
+    a, b = first.source, tensor.source
+    return isinstance(a, Copy) and isinstance(b, Copy) and a.file == b.file and a.offset + length == b.offset
+
+
+def _copy(source: int, target: int, copy: Copy, position: int, length: int) -> Iterator[int]:
+    """Copy by the fastest means the file system knows: in the kernel, or through 4 MiB of memory."""
+    done = 0
+    means = [_copy_file_range, _sendfile, _read_write]
+    while done < length:
+        try:
+            count = means[0](source, target, copy.offset + done, position + done, length - done)
+        except OSError as error:
+            if len(means) > 1 and error.errno in _UNSUPPORTED:
+                del means[0]
+                continue
+            raise
+        if count == 0 and len(means) > 1:
+            del means[0]
+        elif count == 0:
+            raise CheckpointError(f"{copy.file}: ended early; the file has changed while it was read")
+        done += count
+        yield count
+
+
+def _copy_file_range(source: int, target: int, offset: int, position: int, count: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "copy_file_range")
+    return os.copy_file_range(source, target, min(count, _STEP), offset, position)
+
+
+def _sendfile(source: int, target: int, offset: int, position: int, count: int) -> int:
+    os.lseek(target, position, os.SEEK_SET)
+    return os.sendfile(target, source, offset, min(count, _STEP))
+
+
+def _read_write(source: int, target: int, offset: int, position: int, count: int) -> int:
+    data = os.pread(source, min(count, _BUFFER), offset)
+    _pwrite(target, data, position)
+    return len(data)
+
+
+def _fill(target: int, element: bytes, position: int, length: int) -> None:
+    if not any(element):
+        return
+    pattern = element * (_BUFFER // len(element))
+    for start in range(0, length, len(pattern)):
+        _pwrite(target, pattern[: length - start], position + start)
+
+
+def _pwrite(target: int, data: bytes, position: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(target, view, position)
+        view, position = view[count:], position + count

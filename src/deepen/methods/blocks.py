@@ -1,0 +1,24 @@
+from pathlib import Path
+from typing import Final
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from deepen.checkpoint import Checkpoint
+from deepen.methods.method import widen
+from deepen.model import file_dtypes, freeze_base, save_blocks
+
+
+class Blocks:
+    """Block expansion (arXiv 2401.02415): only the new blocks train; a block pack is saved."""
+
+    name: Final = "blocks"
+    keeps_base: Final = True
+
+    def prepare(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """Freeze everything outside the recorded new blocks."""
+        return widen(freeze_base(model))
+
+    def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
+        """Write `blocks/`."""
+        return save_blocks(model, run / "blocks", dtypes=file_dtypes(model, base), overwrite=True)

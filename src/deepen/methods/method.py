@@ -1,0 +1,32 @@
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from deepen.checkpoint import Checkpoint
+
+
+class Method(Protocol):
+    """One way to adapt a base."""
+
+    @property
+    def name(self) -> str:
+        """Its name in recipes."""
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base's tensors stay as they were, so that their bytes are audited afterwards."""
+
+    def prepare(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """Set what trains, in fp32, and return it by exact name; everything else is frozen."""
+
+    def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
+        """Write the result below the run directory in the files' precision; return its directory."""
+
+
+def widen(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Hold what trains in fp32: updates smaller than a bf16 step are not lost."""
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+    return parameters

@@ -1,0 +1,32 @@
+"""Precisions, by torch and by safetensors."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from transformers import PreTrainedModel
+
+from deepen.checkpoint import Checkpoint
+from deepen.model.record import expansion_of, new_parameters
+from deepen.model.structure import family_of
+
+DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+DTYPES: Final[Mapping[str, torch.dtype]] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def file_dtypes(model: PreTrainedModel, base: Checkpoint) -> dict[str, torch.dtype]:
+    """Return new parameter -> the precision in which the base's files hold the tensor it copies."""
+    origins, family = expansion_of(model).layout.origins, family_of(model)
+    dtypes = {}
+    for name in new_parameters(model):
+        place = family.split(name)
+        assert place is not None, name
+        source = base.tensors.get(family.join(origins[place[0]], place[1]))
+        if source is not None:
+            dtypes[name] = DTYPES[source.dtype]
+    return dtypes

@@ -1,0 +1,63 @@
+"""The fingerprint of the base inside a live model, by the same digests as the files'."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from deepen.checkpoint import combine_digests, tensor_digest
+from deepen.errors import PackError
+from deepen.expansion.manifest import base_name
+from deepen.model.dtypes import DTYPE_NAMES, DTYPES
+from deepen.model.record import find_expansion
+from deepen.model.structure import family_of
+
+
+def base_fingerprint(
+    model: PreTrainedModel, strength: Literal["fast", "full"], dtypes: Mapping[str, str] | None = None
+) -> str:
+    """Return the fingerprint of the base inside a live model, expanded or not.
+
+    Args:
+        model: the model; where it lies and in which precision does not matter, see `dtypes`.
+        strength: `fast` samples large tensors, `full` reads all bytes.
+        dtypes: base tensor name -> safetensors dtype of the checkpoint's file; a model held in wider
+            precision is narrowed to it. Default: the tensors' own. Only tensors named are hashed.
+
+    Raises:
+        PackError: the model lacks a tensor of `dtypes`.
+    """
+    base = base_tensors(model)
+    if dtypes is not None and (missing := dtypes.keys() - base.keys()):
+        raise PackError(f"the model lacks the base's tensor {min(missing)!r}")
+    digests = {}
+    for name in dtypes if dtypes is not None else base:
+        dtype = DTYPES[dtypes[name]] if dtypes is not None else base[name].dtype
+        tensor = base[name].detach().to("cpu", dtype).contiguous()
+        digests[name] = _digest(name, tensor, strength)
+    return combine_digests(digests, strength)
+
+
+def _digest(name: str, tensor: torch.Tensor, strength: Literal["fast", "full"]) -> bytes:
+    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    return tensor_digest(
+        name,
+        DTYPE_NAMES[tensor.dtype],
+        tensor.shape,
+        data.size,
+        lambda offset, count: data[offset : offset + count].data,
+        strength,
+    )
+
+
+def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the base's tensors of a live model under the base's names; a tied one once, as in files."""
+    expansion, family = find_expansion(model), family_of(model)
+    tied = family.tied if model.config.tie_word_embeddings else {}
+    named = {}
+    for name, tensor in model.state_dict().items():
+        original = base_name(expansion, family, name) if expansion else name
+        if original is not None and original not in tied:
+            named[original] = tensor
+    return named

@@ -1,0 +1,81 @@
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deepen.checkpoint import Checkpoint, fast_fingerprint
+from deepen.errors import CheckpointError, LayoutError
+from deepen.expansion.layout import Layout
+from deepen.expansion.manifest import Fingerprint, describe_expansion, expand_config
+from deepen.families import Family
+from deepen.model.fingerprint import base_fingerprint, base_tensors
+from deepen.model.record import attach_record
+from deepen.model.structure import blocks_of, depth_config, family_of, install_blocks
+
+
+def insert_blocks(
+    model: PreTrainedModel,
+    layout: Layout,
+    *,
+    base: str | Path | None = None,
+    fingerprint: Fingerprint | None = None,
+) -> PreTrainedModel:
+    """Add new blocks to a live model, in place; it computes exactly what it did before.
+
+    Each new block is a copy of a base block whose residual writes (W^O and the feed-forward output, with
+    their biases) are filled so that it adds nothing (arXiv 2401.02415 section 3.1).
+
+    Args:
+        model: a causal LM of a known family, not yet expanded.
+        layout: from `deepen.plan_layout`.
+        base: name or path recorded as the base; default: where the model was loaded from.
+        fingerprint: the base's; default: that of its files when the model still equals them, else of the
+            live tensors.
+
+    Returns:
+        The same model, `layout.depth` blocks deep, with its record attached.
+
+    Raises:
+        FamilyError: the family is unknown.
+        LayoutError: the layout is for another number of blocks.
+    """
+    family = family_of(model)
+    blocks = blocks_of(model, family)
+    if len(blocks) != layout.base_blocks:
+        raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
+    fingerprint = fingerprint or Fingerprint(fast=_fast_fingerprint(model))
+    names = {index: tuple(blocks[index].state_dict()) for index in range(len(blocks))}
+    expansion = describe_expansion(
+        layout, family, names, str(base or model.name_or_path or "unnamed"), fingerprint
+    )
+    expanded = [
+        _identity_copy(blocks[origin], family) if index in layout.new_indices else blocks[origin]
+        for index, origin in enumerate(layout.origins)
+    ]
+    install_blocks(model, family, expanded, expand_config(depth_config(model, family), family, layout))
+    attach_record(model, expansion)
+    return model
+
+
+def _fast_fingerprint(model: PreTrainedModel) -> str:
+    """The model may be held in another precision than its files: then theirs counts, if it still is them."""
+    try:
+        files = Checkpoint.open(model.name_or_path)
+    except CheckpointError:
+        return base_fingerprint(model, "fast")
+    live = base_tensors(model)
+    dtypes = {name: tensor.dtype for name, tensor in files.tensors.items() if name in live}
+    on_disk = fast_fingerprint(files, lambda name: name if name in dtypes else None)
+    unchanged = dtypes.keys() == live.keys() and on_disk == base_fingerprint(model, "fast", dtypes)
+    return fast_fingerprint(files) if unchanged else base_fingerprint(model, "fast")
+
+
+def _identity_copy(block: nn.Module, family: Family) -> nn.Module:
+    new = copy.deepcopy(block)
+    with torch.no_grad():
+        for name, tensor in new.state_dict(keep_vars=True).items():
+            if name in family.residual_writes:
+                tensor.fill_(family.residual_writes[name])
+    return new

@@ -1,0 +1,1 @@
+"""Base → expand → train → evaluate → report: the only place where training meets evaluation."""

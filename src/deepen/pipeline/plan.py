@@ -1,0 +1,148 @@
+"""Everything that can be decided, or be wrong, before a run costs anything."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from deepen.checkpoint import resolve_base
+from deepen.config import Recipe, TextSet
+from deepen.data.files import find_files
+from deepen.errors import DeepenError, RecipeError
+from deepen.expansion import Base, Layout, count_parameters, open_base, plan_layout
+from deepen.records import Parameters
+
+_MICRO_TOKENS = 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A recipe resolved against the world.
+
+    Attributes:
+        recipe: what was asked.
+        base: the base as it lies on disk, and its family.
+        layout: where new blocks go; None for methods that add none.
+        parameters: counted from the base's headers; tied tensors once.
+        windows: windows in one optimiser step.
+        micro_batch: windows in one forward pass.
+        steps: optimiser steps of the run.
+        evaluate_every: steps between evaluations.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    recipe: Recipe
+    base: Base
+    layout: Layout | None
+    parameters: Parameters
+    windows: int
+    micro_batch: int
+    steps: int
+    evaluate_every: int
+    checkpoint_every: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the run will train on: the budget rounded up to whole steps."""
+        return self.steps * self.windows * self.recipe.data.sequence_length
+
+
+_T = TypeVar("_T")
+
+
+def plan_run(recipe: Recipe) -> RunPlan:
+    """Resolve a recipe: open the base, place the blocks, find the texts, count. Writes nothing.
+
+    Raises:
+        CheckpointError: the base cannot be used.
+        RecipeError: faults of the recipe against this base and these files, all of them.
+    """
+    base = open_base(resolve_base(recipe.base))
+    faults: list[str] = []
+    layout = _layout(recipe, base.depth, faults)
+    _check_length(recipe, base, faults)
+    for place, text in _texts(recipe):
+        if text.path is not None:
+            _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]
+    _check_names(recipe, faults)
+    if faults:
+        raise RecipeError("\n".join(faults))
+    windows = max(1, round(recipe.train.batch_tokens / recipe.data.sequence_length))
+    steps = math.ceil(recipe.train.tokens / (windows * recipe.data.sequence_length))
+    micro = recipe.train.micro_batch or max(1, _MICRO_TOKENS // recipe.data.sequence_length)
+    return RunPlan(
+        recipe=recipe,
+        base=base,
+        layout=layout,
+        parameters=_count(base, layout),
+        windows=windows,
+        micro_batch=min(micro, windows),
+        steps=steps,
+        evaluate_every=recipe.train.evaluate_every or max(1, steps // 10),
+        checkpoint_every=recipe.train.checkpoint_every or max(1, steps // 10),
+    )
+
+
+def _layout(recipe: Recipe, depth: int, faults: list[str]) -> Layout | None:
+    if (expand := recipe.expand) is None:
+        return None
+    return _collect(
+        faults,
+        "expand",
+        lambda: plan_layout(
+            depth, blocks=expand.blocks, placement=expand.placement, groups=expand.groups, after=expand.after
+        ),
+    )
+
+
+def _check_length(recipe: Recipe, base: Base, faults: list[str]) -> None:
+    longest = base.checkpoint.config.get("max_position_embeddings")
+    if isinstance(longest, int) and recipe.data.sequence_length > longest:
+        faults.append(
+            f"data.sequence_length: {recipe.data.sequence_length} is more than the base's {longest} positions"
+        )
+
+
+def _texts(recipe: Recipe) -> list[tuple[str, TextSet]]:
+    return [
+        *((f"data.sources.{i}", source) for i, source in enumerate(recipe.data.sources)),
+        *((f"evaluate.general.{i}", text) for i, text in enumerate(recipe.evaluate.general)),
+        *((f"evaluate.domain.{i}", text) for i, text in enumerate(recipe.evaluate.domain)),
+    ]
+
+
+def _check_names(recipe: Recipe, faults: list[str]) -> None:
+    evaluated = [text.label for text in (*recipe.evaluate.general, *recipe.evaluate.domain)]
+    if recipe.data.heldout:
+        evaluated += [heldout_name(source) for source in recipe.data.sources]
+    trained = [source.label for source in recipe.data.sources]
+    for where, names in (("evaluate", evaluated), ("data.sources", trained)):
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            faults.append(f"{where}: two texts are called {name}; give one of them another name")
+
+
+def heldout_name(source: TextSet) -> str:
+    """Name of the held-out documents of a training source in results."""
+    return f"{source.label}-heldout"
+
+
+def _collect(faults: list[str], place: str, work: Callable[[], _T]) -> _T | None:
+    try:
+        return work()
+    except DeepenError as error:
+        faults.append(f"{place}: {error}")
+        return None
+
+
+def _count(base: Base, layout: Layout | None) -> Parameters:
+    """Count from the headers; a tied head that the files repeat counts once."""
+    checkpoint, family = base.checkpoint, base.family
+    tied = family.tied if checkpoint.config.get("tie_word_embeddings", False) else {}
+    tensors = [tensor for name, tensor in checkpoint.tensors.items() if name not in tied]
+    total = count_parameters(tensors)
+    if layout is None:
+        return Parameters(base=total, new=0, trainable=total)
+    copied = [block.copy_of for block in layout.new_blocks]
+    places = ((family.split(tensor.name), tensor) for tensor in tensors)
+    new = sum(count_parameters([tensor]) * copied.count(place[0]) for place, tensor in places if place)
+    return Parameters(base=total, new=new, trainable=new)

@@ -1,0 +1,67 @@
+"""Several runs on the same held-out items, side by side."""
+
+from typing import Literal
+
+from deepen.records.results import Record
+
+
+class Difference(Record):
+    """A paired difference on the same items and its 95% interval (None with too few items)."""
+
+    delta: float
+    ci_low: float | None
+    ci_high: float | None
+
+
+class Cell(Record):
+    """One run on one column.
+
+    Attributes:
+        value: loss in the comparison's metric.
+        from_base: the run less the base; None in the base's own row.
+        from_first: the run less the first run; None in the base's row and the first run's.
+    """
+
+    value: float
+    from_base: Difference | None = None
+    from_first: Difference | None = None
+
+
+class Column(Record):
+    """What a column shows: one text, or all texts of a role pooled where there are several.
+
+    Attributes:
+        name: of the text, or `all general` / `all domain` for the pool.
+        role: `general` (must be kept) or `domain` (must be learned).
+        pooled: whether the column stands for its role as a whole; each role has exactly one such column.
+        n: items: documents or windows.
+        tokens: predicted tokens.
+    """
+
+    name: str
+    role: Literal["general", "domain"]
+    pooled: bool
+    n: int
+    tokens: int
+
+
+class Row(Record):
+    """The base or a run; `cells` follow the comparison's columns. What does not apply to the base is None."""
+
+    label: str
+    run: str | None = None
+    method: str | None = None
+    trainable: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    cells: list[Cell]
+
+
+class Comparison(Record):
+    """Rows: the base, then each run in the order given."""
+
+    format_version: Literal[1] = 1
+    metric: str
+    base: str
+    columns: list[Column]
+    rows: list[Row]

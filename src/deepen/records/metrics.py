@@ -1,0 +1,79 @@
+"""`metrics.jsonl`: what a run logged while it trained, one JSON object a line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from deepen.errors import DataError
+from deepen.records.results import Record
+
+
+class TrainingPoint(Record):
+    """One optimiser step.
+
+    Attributes:
+        step: steps done.
+        tokens: tokens seen so far.
+        loss: mean training loss of the step, nats per token.
+        learning_rate: of the step.
+        gradient_norm: before clipping.
+        tokens_per_second: over this step.
+        seconds: of training so far.
+        source_tokens: tokens seen so far from each source.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    source_tokens: dict[str, int] = Field(default_factory=dict)
+
+
+class EvaluationPoint(Record):
+    """Held-out loss during training: `evaluation` is task -> nats per token."""
+
+    step: int
+    tokens: int
+    evaluation: dict[str, float]
+
+
+def read_metrics(path: Path) -> tuple[list[TrainingPoint], list[EvaluationPoint]]:
+    """Read a log: training and evaluation points by ascending step; none where the file is missing.
+
+    A step logged twice (by a run that was killed and resumed) counts as logged last, and a line cut off at
+    the end of the file is passed over.
+
+    Raises:
+        DataError: a line that is neither kind of point.
+    """
+    training: dict[int, TrainingPoint] = {}
+    evaluation: dict[int, EvaluationPoint] = {}
+    for point in _points(path):
+        if isinstance(point, EvaluationPoint):
+            evaluation[point.step] = point
+        else:
+            training[point.step] = point
+    return [training[step] for step in sorted(training)], [evaluation[step] for step in sorted(evaluation)]
+
+
+def _points(path: Path) -> Iterator[TrainingPoint | EvaluationPoint]:
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, start=1):
+        kind = EvaluationPoint if b'"evaluation"' in line else TrainingPoint
+        try:
+            yield kind.model_validate_json(line)
+        except ValidationError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                return
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "line"
+            raise DataError(f"{path}:{number}: not a {kind.__name__}: {where}: {first['msg']}") from None

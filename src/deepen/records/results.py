@@ -1,0 +1,170 @@
+from pathlib import Path
+from typing import Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from deepen.errors import DataError
+from deepen.records.provenance import Provenance
+
+
+class Record(BaseModel):
+    """A result as JSON. Unknown keys are kept: a newer deepen may have written them."""
+
+    # NaN and infinities are written as strings, which read back: JSON has no other way to hold them.
+    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
+
+
+class Metric(Record):
+    """One figure of the trained model beside the base's on the same items.
+
+    Attributes:
+        task: name of the text or task.
+        role: `general` (must be kept) or `domain` (must be learned).
+        metric: `nats_per_token` or `bits_per_byte`.
+        value: of the model evaluated.
+        stderr: standard error of `value` over items.
+        n: number of items.
+        base_value: of the base; None when no base was evaluated.
+        delta: value − base_value, paired by item.
+        ci_low: lower end of the 95% interval of `delta`.
+        ci_high: upper end.
+    """
+
+    task: str
+    role: Literal["general", "domain"]
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    base_value: float | None = None
+    delta: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+
+
+class Items(Record):
+    """Per-item results of one text, as columns of equal length.
+
+    Attributes:
+        unit: what one item is; intervals resample these, never tokens.
+        tokens: predicted tokens.
+        bytes: UTF-8 bytes of the text predicted.
+        nll: summed negative log-likelihood in nats under the model.
+        base_nll: the same under the base.
+    """
+
+    unit: Literal["document", "window"]
+    tokens: list[int]
+    bytes: list[int]
+    nll: list[float]
+    base_nll: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _equal_lengths(self) -> Self:
+        lengths = [len(self.tokens), len(self.bytes), len(self.nll)]
+        lengths += [] if self.base_nll is None else [len(self.base_nll)]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"columns of {', '.join(map(str, lengths))} items")
+        return self
+
+
+class TextResult(Record):
+    """The items of one text and the digest of what was read."""
+
+    task: str
+    role: Literal["general", "domain"]
+    digest: str
+    items: Items
+
+
+class EvaluationRecord(Record):
+    """`evaluation/heldout.json`: held-out loss on every text of a run."""
+
+    format_version: Literal[1] = 1
+    model: str
+    base: str
+    metrics: list[Metric]
+    texts: list[TextResult]
+    provenance: Provenance
+
+
+class Parameters(Record):
+    """Numbers of parameters."""
+
+    base: int
+    new: int
+    trainable: int
+
+
+class IdentityResult(Record):
+    """Was the expanded model the base before training?
+
+    Attributes:
+        identical: every check was equal to the bit.
+        max_abs_difference: largest difference of any logit.
+        checks: what was compared, e.g. `float32, cached`.
+    """
+
+    identical: bool
+    max_abs_difference: float
+    checks: list[str]
+
+
+class AuditResult(Record):
+    """Are the base's tensors after training the bytes of the base checkpoint?
+
+    Attributes:
+        unchanged: `after` equals `before`.
+        tensors: number of base tensors hashed.
+        before: digest over all bytes of the base's files.
+        after: digest over all bytes of the base's tensors in the trained model.
+    """
+
+    unchanged: bool
+    tensors: int
+    before: str
+    after: str
+
+
+class RunResult(Record):
+    """`result.json`: written last; a run directory with it is finished."""
+
+    format_version: Literal[1] = 1
+    method: str
+    base: str
+    layout: str | None
+    parameters: Parameters
+    steps: int
+    tokens: int
+    seconds: float
+    identity: IdentityResult | None
+    audit: AuditResult | None
+    outputs: list[str]
+
+
+_R = TypeVar("_R", bound=BaseModel)
+
+
+def read_record(path: Path, kind: type[_R]) -> _R:
+    """Read a record of the given kind.
+
+    Raises:
+        DataError: the file is missing, of another format version, or not such a record.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        raise DataError(f"{path}: {_fault(error, kind)}") from None
+
+
+def _fault(error: ValidationError, kind: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "record"
+    if where == "format_version":
+        reads = ", ".join(map(str, get_args(kind.model_fields["format_version"].annotation)))
+        return (
+            f"format_version is {first['input']!r}, this deepen reads {reads}; use the deepen that wrote it"
+        )
+    return f"not a {kind.__name__}: {where}: {first['msg']}"

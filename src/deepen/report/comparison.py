@@ -1,0 +1,61 @@
+"""Runs side by side, for a page and for the terminal."""
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from deepen.records import Cell, Comparison, Difference
+from deepen.report.figures import plane_chart
+from deepen.report.page import METRICS
+from deepen.report.templates import render
+from deepen.report.wording import change, interval, loss
+from deepen.report.write import write_page
+
+_MEANING = {"general": "must be kept", "domain": "must be learned"}
+
+
+def write_comparison_page(comparison: Comparison, path: Path) -> Path:
+    """Write one self-contained HTML page with the learned/kept plane and the tables; return its path.
+
+    Raises:
+        OutputError: the page cannot be written.
+    """
+    return write_page(path, render_comparison(comparison))
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Return the page of a comparison as HTML."""
+    unit = METRICS.get(comparison.metric, comparison.metric)
+    return render(
+        "comparison.html.j2",
+        comparison=comparison,
+        chart=plane_chart(comparison),
+        unit=unit,
+        meaning=_MEANING,
+    )
+
+
+def render_table(comparison: Comparison) -> Table:
+    """Return the comparison as a table for the terminal: losses and their differences from the base."""
+    unit = METRICS.get(comparison.metric, comparison.metric)
+    table = Table(
+        caption=f"{unit}; differences are from the base, paired, with 95% intervals", title_justify="left"
+    )
+    table.add_column("run")
+    for column in comparison.columns:
+        table.add_column(Text(f"{column.name}\n{_MEANING[column.role]}"), justify="right")
+        table.add_column(Text("Δ base"), justify="right")
+    for row in comparison.rows:
+        table.add_row(Text(row.label), *(text for cell in row.cells for text in _texts(cell)))
+    return table
+
+
+def _texts(cell: Cell) -> tuple[Text, Text]:
+    return Text(loss(cell.value)), Text(_difference(cell.from_base))
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{change(difference.delta)}\n{interval(difference.ci_low, difference.ci_high)}"

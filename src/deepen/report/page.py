@@ -1,0 +1,44 @@
+"""The page of one run."""
+
+from pathlib import Path
+
+from deepen.config import dump_recipe
+from deepen.report.figures import heldout_chart, training_chart
+from deepen.report.layout import draw_tower
+from deepen.report.read import RunReport, read_run
+from deepen.report.templates import render
+from deepen.report.wording import verdict
+from deepen.report.write import write_page
+
+METRICS = {"nats_per_token": "nats per token", "bits_per_byte": "bits per byte"}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a finished run directory: one page that needs nothing else.
+
+    Raises:
+        DataError: a record is missing or malformed.
+        RecipeError: `recipe.yaml` is missing or malformed.
+        OutputError: the page cannot be written.
+    """
+    return write_page(run_dir / "report.html", render_report(read_run(run_dir)))
+
+
+def render_report(report: RunReport) -> str:
+    """Return the page of a run as HTML."""
+    charts = [training_chart(report), heldout_chart(report, "domain"), heldout_chart(report, "general")]
+    return render(
+        "run.html.j2",
+        report=report,
+        tower=draw_tower(report.result.layout) if report.result.layout else None,
+        verdicts=[verdict(metric) for metric in report.metrics("nats_per_token")],
+        metrics=METRICS,
+        units=units(report),
+        charts=[chart for chart in charts if chart],
+        recipe=dump_recipe(report.recipe),
+    )
+
+
+def units(report: RunReport) -> dict[str, str]:
+    """What the items of each text are: task -> `document` or `window`."""
+    return {text.task: text.items.unit for text in report.heldout.texts} if report.heldout else {}

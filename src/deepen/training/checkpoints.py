@@ -1,0 +1,156 @@
+"""Training checkpoints: `checkpoints/step-N/`, complete or absent, no pickle.
+
+Each holds only what trains (fp32), the optimiser's state, the random state and the step; `manifest.json` is
+written last and names every file with its size and digest, so a damaged checkpoint is recognised.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from deepen.checkpoint import atomic_directory, write_file
+from deepen.errors import TrainingError
+from deepen.model.tensors import save_tensors
+from deepen.training.optimizer import optimizer_tensors, restore_optimizer
+
+FORMAT_VERSION: Final = 1
+_RANDOM: Final = "random/"
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """A valid checkpoint on disk."""
+
+    step: int
+    directory: Path
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    identity: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `root/step-N` and remove all but the newest `keep`.
+
+    Args:
+        root: the run's `checkpoints` directory.
+        step: optimiser steps done.
+        parameters: what trains, by name.
+        optimizer: its optimiser.
+        identity: settings that a resumed run must share, checked by `restore_checkpoint`.
+        keep: checkpoints to keep.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / f"step-{step}"
+    with atomic_directory(target, overwrite=True) as staged:
+        save_tensors(staged / "trainable.safetensors", parameters)
+        save_tensors(
+            staged / "optimizer.safetensors", optimizer_tensors(optimizer, parameters) | _random_state()
+        )
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "identity": dict(identity),
+            "files": {file.name: _description(file) for file in sorted(staged.iterdir())},
+        }
+        write_file(staged / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    for old in _by_step(root)[keep:]:
+        shutil.rmtree(old.directory)
+    return target
+
+
+def newest_checkpoint(root: Path) -> tuple[SavedStep | None, list[str]]:
+    """Return the newest valid checkpoint, and a line about each damaged one passed over."""
+    damaged = []
+    for saved in _by_step(root):
+        if fault := _fault(saved.directory):
+            damaged.append(f"{saved.directory}: {fault}; skipped")
+        else:
+            return saved, damaged
+    return None, damaged
+
+
+def restore_checkpoint(
+    saved: SavedStep,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    identity: Mapping[str, Any],
+) -> None:
+    """Put parameters, optimiser and random state back as they were.
+
+    Raises:
+        TrainingError: the checkpoint belongs to a run with other settings or other trainable parameters.
+    """
+    recorded = json.loads((saved.directory / "manifest.json").read_text())["identity"]
+    for key, value in identity.items():
+        if recorded.get(key) != value:
+            raise TrainingError(
+                f"{saved.directory}: was made with {key} {recorded.get(key)!r}, the run has {value!r}\n"
+                "resume with the recipe it was started with, or start anew with --overwrite"
+            )
+    tensors = load_file(saved.directory / "trainable.safetensors")
+    if tensors.keys() != parameters.keys():
+        odd = min(tensors.keys() ^ parameters.keys())
+        raise TrainingError(f"{saved.directory}: its trainable parameters are not this run's (first: {odd})")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    moments = load_file(saved.directory / "optimizer.safetensors")
+    _restore_random({k: moments.pop(k) for k in list(moments) if k.startswith(_RANDOM)})
+    restore_optimizer(optimizer, parameters, moments)
+
+
+def _by_step(root: Path) -> list[SavedStep]:
+    found = []
+    for directory in root.glob("step-*"):
+        number = directory.name.removeprefix("step-")
+        if number.isdecimal():
+            found.append(SavedStep(int(number), directory))
+    return sorted(found, key=lambda saved: saved.step, reverse=True)
+
+
+def _fault(directory: Path) -> str | None:
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        if manifest["format_version"] != FORMAT_VERSION:
+            return f"format_version {manifest['format_version']!r}, this deepen reads {FORMAT_VERSION}"
+        for name, expected in manifest["files"].items():
+            if _description(directory / name) != expected:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"incomplete or unreadable ({error})"
+    return None
+
+
+def _description(file: Path) -> dict[str, int | str]:
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"bytes": file.stat().st_size, "blake2b": digest}
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    states = {_RANDOM + "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"{_RANDOM}cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _restore_random(states: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states[_RANDOM + "cpu"])
+    for name, state in states.items():
+        device = name.removeprefix(_RANDOM)
+        if device != "cpu" and torch.cuda.is_available() and int(device[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)

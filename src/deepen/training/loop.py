@@ -1,0 +1,196 @@
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from deepen.errors import Interrupted, TrainingError
+from deepen.training.schedule import learning_rate
+
+
+class Batch(Protocol):
+    """What one optimiser step reads: `tokens` [windows, length + 1] and the `sources` of its windows."""
+
+    @property
+    def tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Token ids."""
+
+    @property
+    def sources(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Index of each window's source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The numbers of a training run.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        windows: windows in one step.
+        micro_batch: windows in one forward pass.
+        learning_rate: peak learning rate.
+        schedule: shape after the warm-up.
+        warmup: share of steps that warm up.
+        final_learning_rate: end of the cosine as a share of the peak.
+        clip: largest gradient norm, or None.
+        autocast: dtype of the compute, or None for the parameters' own.
+        evaluate_every: steps between evaluations.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    steps: int
+    windows: int
+    micro_batch: int
+    learning_rate: float
+    schedule: Any
+    warmup: float
+    final_learning_rate: float
+    clip: float | None
+    autocast: torch.dtype | None
+    evaluate_every: int
+    checkpoint_every: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step measured.
+
+    Attributes:
+        step: optimiser steps done, this one included.
+        loss: mean negative log-likelihood of the step's tokens before the update, nats per token.
+        learning_rate: rate of the update.
+        gradient_norm: norm over all trainable parameters before clipping.
+        seconds: wall time of the step.
+        sources: windows of each source in the step.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+    sources: Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the loop calls; it knows nothing else of the world.
+
+    Attributes:
+        log: after every step.
+        evaluate: with the number of steps done, when an evaluation is due.
+        save: with the number of steps done, when a checkpoint is due.
+        stop: whether someone asked to stop.
+    """
+
+    log: Callable[[StepReport], None]
+    evaluate: Callable[[int], None]
+    save: Callable[[int], None]
+    stop: Callable[[], bool]
+
+
+def train(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    batch_at: Callable[[int, int], Batch],
+    settings: Settings,
+    hooks: Hooks,
+    *,
+    first_step: int = 0,
+) -> None:
+    """Train `parameters` from step `first_step` to the last.
+
+    Args:
+        model: a causal LM whose forward returns `.logits` [batch, length, vocabulary].
+        parameters: what trains, by name; everything else of the model has requires_grad False.
+        optimizer: over exactly these parameters.
+        batch_at: the batch of (step, windows), a pure function: resuming costs nothing.
+        settings: the numbers.
+        hooks: logging, evaluation, checkpoints, stop requests.
+        first_step: steps already done.
+
+    Raises:
+        TrainingError: the loss is not finite; the parameters are those of the step before.
+        Interrupted: `hooks.stop` said so; a checkpoint was saved.
+    """
+    model.train()
+    for step in range(first_step, settings.steps):
+        hooks.log(_step(model, parameters, optimizer, batch_at(step, settings.windows), settings, step))
+        done = step + 1
+        last = done == settings.steps
+        if last or done % settings.evaluate_every == 0:
+            hooks.evaluate(done)
+            model.train()
+        stopping = hooks.stop() and not last
+        if last or stopping or done % settings.checkpoint_every == 0:
+            hooks.save(done)
+        if stopping:
+            raise Interrupted(f"stopped at step {done} of {settings.steps}; continue with --resume")
+
+
+def _step(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Settings,
+    step: int,
+) -> StepReport:
+    begin = perf_counter()
+    rate = _rate(settings, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = _accumulate(model, torch.from_numpy(batch.tokens), settings)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip or float("inf")).item()
+    if not np.isfinite(loss) or not np.isfinite(norm):
+        raise TrainingError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; the last checkpoint is intact\n"
+            "lower train.learning_rate, or look at the data of this step"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sources, counts = np.unique(batch.sources, return_counts=True)
+    return StepReport(
+        step=step + 1,
+        loss=loss,
+        learning_rate=rate,
+        gradient_norm=norm,
+        seconds=perf_counter() - begin,
+        sources=dict(zip(sources.tolist(), counts.tolist(), strict=True)),
+    )
+
+
+def _accumulate(model: nn.Module, tokens: torch.Tensor, settings: Settings) -> float:
+    """Add up gradients over micro-batches, each divided by the *step's* tokens, and return the mean loss."""
+    device = next(model.parameters()).device
+    total = tokens.shape[0] * (tokens.shape[1] - 1)
+    summed = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+    for rows in torch.split(tokens, settings.micro_batch):
+        rows = rows.to(device)
+        with _autocast(device, settings.autocast):
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        nll = functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
+        (nll / total).backward()  # type: ignore[no-untyped-call]
+        summed += nll.detach().to(summed)
+    return (summed / total).item()
+
+
+def _rate(settings: Settings, step: int) -> float:
+    return learning_rate(
+        step,
+        steps=settings.steps,
+        peak=settings.learning_rate,
+        warmup=settings.warmup,
+        final=settings.final_learning_rate,
+        shape=settings.schedule,
+    )
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()

@@ -1,0 +1,43 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed, cut back on resume.
+
+    A line torn by a kill is dropped when the log is opened again.
+
+    Attributes:
+        kept: the lines that were kept on opening.
+    """
+
+    def __init__(self, path: Path, *, resume_after: int = -1) -> None:
+        """Open the log, keeping only the lines of steps up to `resume_after`."""
+        self.kept = [line for line in _complete_lines(path) if line["step"] <= resume_after]
+        # The log is no proof and holds nothing that cannot be computed again: no fsync a line.
+        staged = path.with_name(path.name + ".partial")
+        staged.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
+        os.replace(staged, path)
+        self._file = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    read = []
+    for line in lines:
+        try:
+            read.append(json.loads(line))
+        except ValueError:
+            break
+    return read

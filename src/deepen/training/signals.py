@@ -1,0 +1,31 @@
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request: yields a function that says whether one came.
+
+    The second one acts as it would have without us, so a stuck program can still be stopped. Outside the
+    main thread, where Python allows no handlers, nothing is caught.
+    """
+    asked: list[int] = []
+    before: dict[int, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:
+        pass
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

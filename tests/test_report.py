@@ -1,0 +1,432 @@
+import io
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+import yaml
+from rich.console import Console
+from run_directory import PROVENANCE, RECIPE, items, text, write_run
+
+from deepen.errors import DataError, OutputError, RecipeError
+from deepen.evaluation import compare_runs
+from deepen.records import AuditResult, EvaluationRecord, IdentityResult, Metric, RunResult, read_record
+from deepen.report import read_run, render_table, write_card, write_comparison_page, write_report
+from deepen.report.layout import draw_tower
+from deepen.report.wording import change, count, duration, loss, verdict
+
+VOID = {"meta", "link", "br", "img", "input", "hr", "use", "path", "rect"}
+EVIL = '<script>alert("x")</script>'
+
+
+@dataclass
+class Page(HTMLParser):
+    """The little that the tests ask of a page; fails on tags that do not nest."""
+
+    tags: list = field(default_factory=list)
+    open: list = field(default_factory=list)
+    words: list = field(default_factory=list)
+    rows: list = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__init__()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.words.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def parse(path):
+    page = Page()
+    page.feed(path.read_text())
+    page.close()
+    assert page.open == []
+    return page
+
+
+def two_texts(general=0.02, domain=-3.3):
+    return [
+        text("tinystories", "general", items(1.52, general, spread=0.03)),
+        text("gsm8k-test", "domain", items(5.7, domain, n=80, seed=1)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "sample", two_texts())
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return parse(write_report(run))
+
+
+@pytest.fixture(scope="module")
+def comparison(run, tmp_path_factory):
+    other = write_run(tmp_path_factory.mktemp("other") / "full", two_texts(0.4, -3.5), method="full")
+    return compare_runs([run, other], ["new blocks", "full"])
+
+
+def assert_self_contained(path):
+    raw = path.read_text()
+    assert re.findall(r"https?://[^\"<\s]*", raw) == ["https://arxiv.org/abs/2401.02415"]
+    assert not re.search(r"<script|<link|<img|<iframe|@import|url\((?!#)|src=|\bon\w+=", raw)
+    page = parse(path)
+    assert {link["href"] for link in page.all("a")} == {"https://arxiv.org/abs/2401.02415"}
+
+
+def test_the_page_needs_nothing_else(run, page):
+    assert_self_contained(run / "report.html")
+
+
+def test_ids_are_unique_and_references_resolve(run, page):
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    raw = (run / "report.html").read_text()
+    wanted = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", raw))
+    wanted |= {name for each in page.all("svg") for name in each["aria-labelledby"].split()}
+    assert wanted <= set(ids)
+
+
+def test_every_drawing_has_title_and_description_and_takes_the_pages_colours(run, page):
+    drawings = page.all("svg")
+    assert len(drawings) == 4  # the layout, and three charts
+    assert all(each["role"] == "img" and each["viewbox"] for each in drawings)
+    assert len(page.all("desc")) == 4
+    raw = (run / "report.html").read_text()
+    inside = "".join(re.findall(r"<svg.*?</svg>", raw, flags=re.DOTALL))
+    assert not re.search(r"#0[0-9ab]0[0-9ab]0[0-9ab]\b|DejaVu|<metadata|<style|<!--", inside)
+    assert "currentColor" in inside
+    assert "var(--general)" in inside
+
+
+def test_tables_are_for_all_readers(page):
+    assert len(page.all("table")) == len(page.all("caption")) == 5
+    assert all(each.get("scope") in ("col", "row", "rowgroup") for each in page.all("th"))
+    assert page.all("html") == [{"lang": "en"}]
+    assert any(each.get("name") == "viewport" for each in page.all("meta"))
+
+
+def test_every_number_of_the_record_is_in_the_table_and_no_other(run, page):
+    record = read_record(run / "evaluation" / "heldout.json", EvaluationRecord)
+    names = ("base_value", "value", "delta", "ci_low", "ci_high")
+    expected = {getattr(metric, name) for metric in record.metrics for name in names}
+    assert {float(each["value"]) for each in page.all("data")} == expected
+    for metric in record.metrics:
+        row = next(
+            row
+            for row in page.rows
+            if row[0].startswith(metric.task) and loss(metric.value) == row[2].strip()
+        )
+        assert row[1].strip() == loss(metric.base_value)
+        shown = f"{change(metric.delta)} {change(metric.ci_low)} to {change(metric.ci_high)}"
+        assert " ".join(row[3].split()) == shown
+
+
+def test_the_page_says_what_was_done_and_proved(page):
+    said = page.text
+    assert "2 new blocks were added to the 5 blocks of stories260k" in said
+    assert "1.1 M tokens of gsm8k (60%) and licences (40%)" in said
+    assert "Learned" in said or "learned" in said
+    assert "The base, to the bit, before training" in said
+    assert "No byte of the base moved" in said
+    assert PROVENANCE.command in said
+    assert PROVENANCE.git in said
+    assert "260 k" in said
+    assert "learning_rate: 0.001" in said
+
+
+def test_the_page_does_not_flatter(tmp_path):
+    failed = {
+        "identity": IdentityResult(identical=False, max_abs_difference=0.25, checks=["float32"]),
+        "audit": AuditResult(unchanged=False, tensors=47, before="aaa", after="bbb"),
+    }
+    said = parse(write_report(write_run(tmp_path / "bad", two_texts(0.3, 0.2), **failed))).text
+    assert "got worse" in said
+    assert "forgot" in said
+    assert "Not the base before training" in said
+    assert "Largest difference of any logit: 0.25" in said
+    assert "The base was changed by training" in said
+    assert "aaa" in said
+    assert "bbb" in said
+
+
+def test_a_full_run_without_evaluation(tmp_path):
+    recipe = RECIPE.replace("expand: {blocks: 2}\n", "").replace("train: {", "train: {method: full, ")
+    run = write_run(
+        tmp_path / "full", two_texts(), recipe=recipe, evaluated=False,
+        method="full", layout=None, identity=None, audit=None,
+    )  # fmt: skip
+    page = parse(write_report(run))
+    assert "All parameters of stories260k were trained" in page.text
+    assert "No held-out text was named" in page.text
+    assert "Proofs" not in page.text
+    write_card(run, run)
+
+
+def test_names_are_escaped_everywhere(tmp_path):
+    recipe = RECIPE.replace("examples", EVIL)
+    evil = f"{EVIL}$x_$|`*"
+    provenance = PROVENANCE.model_copy(
+        update={"command": evil, "data": {evil: evil}, "hardware": {evil: evil}}
+    )
+    given = [text(evil, "general", items(1.5, 0.1)), text(evil + "2", "domain", items(3.0, -1.0, seed=1))]
+    given.append(text("[bold]漢字[/bold]", "domain", items(3.0, -1.0, seed=2)))
+    run = write_run(tmp_path / "runs", given, recipe=recipe, provenance=provenance, base=evil)
+    report = write_report(run)
+    assert_self_contained(report)
+    assert evil in parse(report).text
+    target = write_comparison_page(compare_runs([run, run], [evil, "[red]b"]), tmp_path / "comparison.html")
+    assert_self_contained(target)
+    assert evil in parse(target).text
+    card = write_card(run, run).read_text()
+    assert "<script" not in card.partition("---\n")[2].partition("---\n")[2]
+    rows = [line for line in card.splitlines() if line.startswith("|") and "bold" in line]
+    assert rows
+    # A pipe in a name does not make another cell.
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 9 for line in rows)
+
+
+def test_the_page_is_reproducible(run):
+    assert write_report(run).read_text() == write_report(run).read_text()
+
+
+def test_a_run_without_its_records_is_named(tmp_path):
+    run = write_run(tmp_path / "run", two_texts())
+    (run / "recipe.yaml").write_text("base: x\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        write_report(run)
+    (run / "result.json").unlink()
+    with pytest.raises(DataError, match=r"result\.json: cannot be read"):
+        read_run(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(run, comparison, tmp_path):
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_comparison_page(comparison, tmp_path / "absent" / "page.html")
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_comparison_page(comparison, tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_page_gets_the_mode_of_other_files(run, tmp_path):
+    (tmp_path / "other").touch()
+    assert write_report(run).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+# The card
+
+
+def front_matter(card):
+    _, front, _ = card.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+@pytest.mark.parametrize(
+    ("files", "loads", "not_loads", "library"),
+    [
+        (["blocks.safetensors"], "deepen.load", "from_pretrained", "deepen"),
+        (["config.json"], "AutoModelForCausalLM.from_pretrained", "deepen.load", "transformers"),
+        (["blocks/blocks.safetensors", "model/config.json"], "deepen.load", None, "transformers"),
+    ],
+)
+def test_the_card_says_how_to_load_what_is_there(run, tmp_path, files, loads, not_loads, library):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    path = write_card(run, tmp_path)
+    assert path == tmp_path / "README.md"
+    card = path.read_text()
+    assert loads in card
+    assert not_loads is None or not_loads not in card
+    assert front_matter(card)["library_name"] == library
+
+
+def test_the_card_names_its_base_only_where_the_hub_has_it(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", two_texts(), base="meta-llama/Llama-2-7b-hf")
+    front = front_matter(write_card(run, tmp_path).read_text())
+    assert (front["base_model"], front["base_model_relation"]) == ("meta-llama/Llama-2-7b-hf", "adapter")
+    assert {"deepen", "block-expansion", "llama-pro"} <= set(front["tags"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta-llama" / "Llama-2-7b-hf").mkdir(parents=True)
+    assert "base_model" not in front_matter(write_card(run, tmp_path).read_text())
+    local = write_run(tmp_path / "local", two_texts(), base="/home/someone/models/tiny")
+    card = write_card(local, tmp_path).read_text()
+    assert "base_model" not in front_matter(card)
+    assert "/home/someone" not in card
+
+
+def test_the_cards_table_is_the_records(run, tmp_path):
+    card = write_card(run, tmp_path).read_text()
+    for metric in read_record(run / "evaluation" / "heldout.json", EvaluationRecord).metrics:
+        cells = [loss(metric.base_value), loss(metric.value), change(metric.delta)]
+        cells.append(f"{change(metric.ci_low)} to {change(metric.ci_high)}")
+        assert f"| {' | '.join(cells)} |" in card
+
+
+# The comparison
+
+
+def test_the_comparison_page(comparison, tmp_path):
+    path = write_comparison_page(comparison, tmp_path / "comparison.html")
+    assert_self_contained(path)
+    page = parse(path)
+    cells = [cell for row in comparison.rows for cell in row.cells]
+    differences = [each for cell in cells for each in (cell.from_base, cell.from_first) if each]
+    expected = {cell.value for cell in cells}
+    expected |= {end for each in differences for end in (each.delta, each.ci_low, each.ci_high)}
+    assert {float(each["value"]) for each in page.all("data")} == expected
+    assert len(page.all("svg")) == 1
+    assert [row[0] for row in page.rows if len(row) == 4][:4] == ["Run", "base", "new blocks", "full"]
+
+
+def test_one_role_alone_has_no_plane(tmp_path):
+    run = write_run(tmp_path / "run", two_texts()[:1])
+    path = write_comparison_page(compare_runs([run]), tmp_path / "page.html")
+    assert parse(path).all("svg") == []
+
+
+def printed(table):
+    console = Console(width=140, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_the_terminal_table(comparison):
+    shown = printed(render_table(comparison))
+    for row in comparison.rows:
+        line = next(
+            line for line in shown.splitlines() if row.label in line and loss(row.cells[0].value) in line
+        )
+        for cell in row.cells:
+            assert loss(cell.value) in line
+            assert cell.from_base is None or change(cell.from_base.delta) in line
+
+
+def test_labels_are_not_markup_in_the_terminal(run):
+    assert "[red]x[/red]" in printed(render_table(compare_runs([run], ["[red]x[/red]"])))
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("role", "low", "high", "finding", "kind"),
+    [
+        ("domain", -0.4, -0.2, "learned", "good"),
+        ("domain", 0.2, 0.4, "got worse", "bad"),
+        ("domain", -0.1, 0.7, "not distinguishable", "open"),
+        ("general", 0.2, 0.4, "forgot", "bad"),
+        ("general", -0.4, -0.2, "improved", "good"),
+        ("general", -0.4, 0.03, "not distinguishable", "open"),
+        ("general", None, None, "too few items", "open"),
+    ],
+)
+def test_a_finding_needs_an_interval_without_zero(role, low, high, finding, kind):
+    delta = 0.1 if low is None else (low + high) / 2
+    metric = Metric(
+        task="t", role=role, metric="nats_per_token", value=2 + delta, stderr=0.1, n=40,
+        base_value=2.0, delta=delta, ci_low=low, ci_high=high,
+    )  # fmt: skip
+    found = verdict(metric)
+    assert (found.finding, found.kind) == (finding, kind)
+    assert f"from 2.000 to {loss(2 + delta)}" in found.sentence
+    if finding == "not distinguishable" and role == "general":
+        assert "less than 0.030" in found.sentence
+
+
+def test_without_a_base_nothing_is_found():
+    metric = Metric(task="t", role="general", metric="nats_per_token", value=2.0, stderr=0.1, n=40)
+    assert verdict(metric).finding == "not compared"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0"), (812, "812"), (4096, "4.1 k"), (1_101_824, "1.1 M"), (66.7e9, "66.7 B"),
+                         (999_999, "1 M"), (6_738_415_616, "6.74 B")],
+)  # fmt: skip
+def test_counts(number, said):
+    assert count(number).replace("\xa0", " ") == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.25, "0.25 s"), (42, "42 s"), (59.7, "1 min"), (200.4, "3 min 20 s"),
+                          (9.97, "10 s"), (18_720, "5 h 12 min"), (183_600, "2 d 3 h")],
+)  # fmt: skip
+def test_durations(seconds, said):
+    assert duration(seconds).replace("\xa0", " ") == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (-3.2971, "−3.297"),
+        (0.0214, "+0.021"),
+        (0.0, "+0.000"),
+        (0.000123, "+0.0001"),
+        (-0.0000123, "−0.00001"),
+    ],
+)
+def test_changes_never_hide_in_rounding(value, said):
+    assert change(value) == said
+
+
+@pytest.mark.parametrize(
+    ("line", "base", "new"),
+    [("■■ □2 ■■■ □6", 5, (2, 6)), ("□0 □1 ■", 1, (0, 1)), ("■■", 2, ()), (" ".join(["■"] * 80), 80, ())],
+)
+def test_the_tower_is_the_layout(line, base, new):
+    tower = draw_tower(line)
+    assert (tower.base, tower.new) == (base, new)
+    assert tuple(index for index, box in enumerate(tower.boxes) if box.new) == new
+    heights = [box.y for box in tower.boxes]
+    assert heights == sorted(heights, reverse=True)
+    assert heights[-1] >= 0
+
+
+def test_neighbouring_new_blocks_share_a_label_and_labels_do_not_overlap():
+    tower = draw_tower("■ " * 20 + "□20 □21 □22 ■ □24 ■ □26")
+    assert [label.text for label in tower.labels] == ["20–22", "24", "26"]
+    heights = [label.y for label in tower.labels]
+    assert all(lower - upper >= 13.9 for lower, upper in pairwise(heights))
+
+
+@pytest.mark.parametrize("line", ["", "blocks 3, 5", "■■ □5", "<script>"])
+def test_what_is_no_layout_is_not_drawn(line):
+    assert draw_tower(line) is None
+
+
+def test_read_run_orders_domain_first(run):
+    report = read_run(run)
+    assert [metric.role for metric in report.metrics("nats_per_token")] == ["domain", "general"]
+    assert report.result == read_record(run / "result.json", RunResult)
+    assert len(report.training) == 269
+    assert report.evaluations[0].step == 0
