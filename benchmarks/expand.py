@@ -1,12 +1,13 @@
 """Expansion against `cp -r` of its output: time, side by side on one disk, and memory.
 
-Builds a Llama-shaped bfloat16 checkpoint (2 GB by default) in a temporary directory and then alternates the two. Each
-starts after a sync, on files in the page cache. `deepen expand` is timed as a user runs it: a new process, ending with
-its output synced to the disk; `cp` does not sync, so `cp` followed by `sync` is recorded beside it.
+Builds a Llama-shaped bfloat16 checkpoint (2 GB by default) in a temporary directory and alternates the two.
+Each starts after a sync, on files in the page cache. `deepen expand` is timed as a user runs it: a new
+process, ending with its output on the disk. `cp` ends with its output in memory, so the ratio that is judged
+is against `cp` followed by `sync` of the copy; the one against plain `cp` is recorded beside it.
 
-    python benchmarks/expand.py [--gigabytes 2] [--rounds 5] [--directory DIR] [--out benchmarks/records/expand.json]
+    python benchmarks/expand.py [--gigabytes 2] [--rounds 5] [--directory DIR] [--out FILE]
 
-Exit code 1 if the median ratio of the times is over 1.2 or memory over 64 MB.
+Exit code 1 if the median over the rounds of the judged ratio is over 1.2, or memory over 64 MB.
 """
 
 import argparse
@@ -51,13 +52,16 @@ def build_base(directory: Path, gigabytes: float) -> int:
     ends["model.norm.weight"] = (HIDDEN,)
     size = sum(byte_count("BF16", shape) for shape in block.values())
     blocks = round((gigabytes * 1e9 - sum(byte_count("BF16", shape) for shape in ends.values())) / size)
-    shapes = ends | {f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in block.items()}
+    shapes = ends | {
+        f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in block.items()
+    }
     finite = bytes(byte & 0b10111111 for byte in range(256))
     noise = random.Random(0).randbytes(16 << 20).translate(finite)
     directory.mkdir()
     with (directory / "model.safetensors").open("wb") as file:
-        file.write(write_header([(name, "BF16", shape) for name, shape in sorted(shapes.items())], {"format": "pt"}))
-        for _, shape in sorted(shapes.items()):
+        held = sorted(shapes.items())
+        file.write(write_header([(name, "BF16", shape) for name, shape in held], {"format": "pt"}))
+        for _, shape in held:
             left = byte_count("BF16", shape)
             while left:
                 left -= file.write(noise[:left])
@@ -110,11 +114,17 @@ def measure(place: Path, base: Path, rounds: int) -> dict[str, list[float]]:
     return found
 
 
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, default=None, help="on the disk to measure; default: the system's")
+    parser.add_argument(
+        "--directory", type=Path, default=None, help="on the disk to measure; default: the system's"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "expand.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
@@ -122,21 +132,21 @@ def main() -> int:
         blocks = build_base(place / "base", options.gigabytes)
         found = measure(place, place / "base", options.rounds)
         written = (place / "output" / "model.safetensors").stat().st_size
-    median = {name: statistics.median(values) for name, values in found.items()}
     record = {
         "what": f"deepen expand, {blocks} blocks + {NEW} new, against cp -r of its output",
         "base_gigabytes": options.gigabytes,
         "output_bytes": written,
         "seconds": {name: found[name] for name in ("expand", "cp", "cp_and_sync")},
-        "ratio": median["expand"] / median["cp"],
-        "ratio_synced": median["expand"] / median["cp_and_sync"],
+        "ratio": median_ratio(found["expand"], found["cp_and_sync"]),
+        "ratio_to_unsynced_cp": median_ratio(found["expand"], found["cp"]),
         "peak_megabytes": max(found["megabytes"]),
         "limits": {"ratio": MAX_RATIO, "peak_megabytes": MAX_MEGABYTES},
         "provenance": capture_provenance(seed=0).model_dump(mode="json"),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_file(options.out, json.dumps(record, indent=1) + "\n")
-    print(json.dumps({key: record[key] for key in ("seconds", "ratio", "ratio_synced", "peak_megabytes")}, indent=1))
+    shown = ("seconds", "ratio", "ratio_to_unsynced_cp", "peak_megabytes")
+    print(json.dumps({key: record[key] for key in shown}, indent=1))
     return int(record["ratio"] > MAX_RATIO or record["peak_megabytes"] > MAX_MEGABYTES)
 
 

@@ -15,7 +15,6 @@ from deepen.checkpoint import (
     contained,
     fast_fingerprint,
     read_shard,
-    write_file,
 )
 from deepen.errors import PackError
 from deepen.expansion import (
@@ -98,6 +97,26 @@ def open_pack(directory: str | Path) -> Pack:
     return Pack(directory, read_expansion(directory), read_shard(contained(directory, BLOCKS_NAME)))
 
 
+def check_pack(pack: Pack, base: Base) -> None:
+    """Refuse a pack that was not made for this base; reads headers and the base's fingerprint only.
+
+    Raises:
+        PackError: it belongs to another base, or its tensors are not those of its new blocks.
+    """
+    _check_base(pack, base)
+    path, new = pack.shard.path, pack.expansion.layout.new_indices
+    held = {tensor.name: tensor for tensor in pack.shard.tensors}
+    needed = {t.name: t for t in expanded_tensors(base, pack.expansion.layout) if t.block in new}
+    if unused := held.keys() - needed.keys():
+        raise PackError(f"{path}: tensor {min(unused)!r} belongs to no new block of {MANIFEST_NAME}")
+    for name, planned in needed.items():
+        place = base.family.split(name)
+        if name not in held and place and place[1] not in base.family.block_buffers:
+            raise PackError(f"{path}: tensor {name!r} is missing")
+        if name in held and held[name].shape != planned.shape:
+            raise _misfit(planned, held[name])
+
+
 def merge_pack(
     base: str | Path,
     pack: str | Path,
@@ -125,9 +144,8 @@ def merge_pack(
     start = time.perf_counter()
     check_free(Path(out), overwrite=overwrite)
     opened, held = open_base(base), open_pack(pack)
-    _check_base(held, opened)
-    planned = expanded_tensors(opened, held.expansion.layout)
-    sourced = _sourced(planned, held)
+    check_pack(held, opened)
+    sourced = _sourced(expanded_tensors(opened, held.expansion.layout), held)
     prepared = PreparedCheckpoint(
         base=opened,
         plan=plan_files(opened.checkpoint, sourced, shard_size=shard_size),
@@ -172,7 +190,7 @@ def extract_pack(
     check_space(Path(out), plan.bytes_needed)
     with atomic_directory(Path(out), overwrite=overwrite, inside=(checkpoint.directory,)) as partial:
         write_weights(plan, partial, progress)
-        write_file(partial / MANIFEST_NAME, expansion.to_json())
+        (partial / MANIFEST_NAME).write_text(expansion.to_json(), "utf-8")
     return ExtractResult(
         directory=Path(out),
         new_blocks=expansion.new_blocks,
@@ -198,27 +216,22 @@ def _check_base(pack: Pack, base: Base) -> None:
 
 
 def _sourced(planned: Iterable[PlannedTensor], pack: Pack) -> tuple[PlannedTensor, ...]:
-    """Let the new blocks' tensors come from the pack; all of the pack must be used."""
+    """Let the new blocks' tensors come from the pack, as bytes."""
     held = {tensor.name: tensor for tensor in pack.shard.tensors}
-    new = pack.expansion.layout.new_indices
-    sourced = tuple(_from_pack(t, held, pack.shard.path) if t.block in new else t for t in planned)
-    if unused := held.keys() - {tensor.name for tensor in sourced if tensor.block in new}:
-        raise PackError(
-            f"{pack.shard.path}: tensor {min(unused)!r} belongs to no new block of {MANIFEST_NAME}"
-        )
-    return sourced
+    return tuple(_from_pack(t, held[t.name]) if t.name in held else t for t in planned)
 
 
-def _from_pack(planned: PlannedTensor, held: Mapping[str, Tensor], path: Path) -> PlannedTensor:
-    tensor = held.get(planned.name)
-    if tensor is None:
-        raise PackError(f"{path}: tensor {planned.name!r} is missing")
-    if (tensor.dtype, tensor.shape) != (planned.dtype, planned.shape):
-        raise PackError(
-            f"{path}: tensor {planned.name!r} is {tensor.dtype} {list(tensor.shape)}, "
-            f"the base needs {planned.dtype} {list(planned.shape)}"
-        )
+def _from_pack(planned: PlannedTensor, tensor: Tensor) -> PlannedTensor:
+    if tensor.dtype != planned.dtype:
+        raise _misfit(planned, tensor)
     return replace(planned, source=Copy(tensor.file, tensor.offset))
+
+
+def _misfit(planned: PlannedTensor, tensor: Tensor) -> PackError:
+    return PackError(
+        f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, "
+        f"the base needs {planned.dtype} {list(planned.shape)}"
+    )
 
 
 def _pack_file(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> PlannedFile:

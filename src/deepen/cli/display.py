@@ -74,17 +74,16 @@ class _Plain:
 
 
 def _quiet() -> None:
-    """Keep other libraries' bars off our stderr."""
-    from datasets.utils.logging import disable_progress_bar as no_datasets_bars
-    from transformers.utils.logging import disable_progress_bar as no_transformers_bars
+    """Keep transformers' own bars off our stderr."""
+    from transformers.utils.logging import disable_progress_bar
 
-    no_datasets_bars()
-    no_transformers_bars()
+    disable_progress_bar()
 
 
 @contextmanager
 def display() -> Iterator[Reporter]:
     """Give the reporter that suits stderr."""
+    _quiet()
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Plain(console)

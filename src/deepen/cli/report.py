@@ -14,4 +14,4 @@ def report(run: Annotated[Path, typer.Argument(help="A finished run.")]) -> None
     from deepen.report import write_card, write_report
 
     print(write_report(run))
-    print(write_card(run, run / "README.md"))
+    print(write_card(run, run))

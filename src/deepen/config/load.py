@@ -1,57 +1,41 @@
+import copy
 import difflib
 import inspect
-import re
+import reprlib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
+from deepen.config.document import read_yaml, write_yaml
 from deepen.config.recipe import Recipe
 from deepen.errors import RecipeError
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 2e9 as a string; this reads it as the number it is. Duplicate keys are refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+_WORDS = {
+    "model_type": "input should be a section (keys and values)",
+    "tuple_type": "input should be a list",
+    "too_short": "should not be empty",
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*)?(?:\.[0-9_]*)?(?:(?<=[0-9.])[eE][-+]?[0-9]+)?$(?<=[0-9.])(?<![-+]\.)"
-    ),
-    list("-+0123456789."),
-)
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict = 2, 3, 3
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file.
 
     Args:
-        path: YAML file.
+        path: YAML file, in UTF-8.
         overrides: `section.key=value` settings that win over the file; values are YAML.
 
     Raises:
         RecipeError: the file is missing or not YAML, or the recipe has faults; all are named.
     """
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     return parse_recipe(text, overrides, str(path))
@@ -59,76 +43,75 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Read a recipe from YAML text; see `load_recipe`."""
-    raw = _yaml(text, where)
+    raw = read_yaml(text, where)
     if not isinstance(raw, dict):
-        raise RecipeError(f"{where}: holds {type(raw).__name__}, not keys such as base, output, data, train")
-    for override in overrides:
-        _override(raw, override)
+        held = "nothing" if raw is None else type(raw).__name__
+        raise RecipeError(f"{where}: holds {held}, not keys such as base, output, data, train")
+    faults = [fault for override in overrides if (fault := _override(raw, override))]
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        faults = [
-            _fault(fault["loc"], fault["type"], fault["msg"], fault["input"]) for fault in error.errors()
-        ]
-        raise RecipeError("\n".join(f"{where}: {fault}" for fault in dict.fromkeys(faults))) from None
+        faults += [f"{where}: {_fault(fault)}" for fault in error.errors(include_url=False)]
+    if faults:
+        raise RecipeError("\n".join(dict.fromkeys(faults)))
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved, complete recipe as YAML that `parse_recipe` reads back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise RecipeError(f"{where}: not valid YAML: nested too deeply") from None
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
+def _override(raw: dict[str, Any], override: str) -> str | None:
+    """Apply one setting; return what is wrong with it, if anything."""
     key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"--set {override}: not of the form section.key=value")
-    *sections, last = key.strip().split(".")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        return f"--set {override}: not of the form section.key=value"
+    try:
+        _put(raw, parts, read_yaml(value, f"--set {override}"))
+    except RecipeError as error:
+        return str(error)
+    except LookupError as error:
+        return f"--set {override}: {error.args[0]}"
+    return None
+
+
+def _put(raw: dict[str, Any], parts: Sequence[str], value: Any) -> None:
     at: Any = raw
-    for section in sections:
-        at = _step(at, section, override)
-    if isinstance(at, list):
-        at[_position(at, last, override)] = _yaml(value, f"--set {override}")
-    elif isinstance(at, dict):
-        at[last] = _yaml(value, f"--set {override}")
-    else:
-        raise RecipeError(f"--set {override}: {'.'.join(sections)} is a value, not a section")
+    for depth, part in enumerate(parts):
+        place: Any = _place(at, part, parts[:depth])
+        if depth == len(parts) - 1:
+            at[place] = value
+            return
+        held = at[place] if isinstance(at, list) else at.get(place)
+        # A copy: two sections may be aliases of one.
+        at[place] = {} if held is None else copy.copy(held)
+        at = at[place]
 
 
-def _step(at: Any, section: str, override: str) -> Any:
-    if isinstance(at, list):
-        return at[_position(at, section, override)]
-    if not isinstance(at, dict):
-        raise RecipeError(f"--set {override}: there is no section {section} to set a key in")
-    if at.get(section) is None:
-        at[section] = {}
-    return at[section]
+def _place(at: Any, part: str, above: Sequence[str]) -> int | str:
+    if isinstance(at, dict):
+        return part
+    if not isinstance(at, list):
+        raise LookupError(f"{'.'.join(above)} is a value, not a section")
+    if not part.isdecimal() or int(part) >= len(at):
+        raise LookupError(f"{part} is not a position in a list of {len(at)}")
+    return int(part)
 
 
-def _position(at: list[Any], number: str, override: str) -> int:
-    if not number.isdecimal() or int(number) >= len(at):
-        raise RecipeError(f"--set {override}: {number} is not a position in a list of {len(at)}")
-    return int(number)
-
-
-def _fault(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
-    where = ".".join(map(str, loc)) or "recipe"
+def _fault(error: ErrorDetails) -> str:
+    """Say one of pydantic's errors in the words of YAML."""
+    kind, message = error["type"], error["msg"]
+    where = ".".join(map(str, error["loc"])) or "recipe"
     if kind == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(loc)}"
+        return f"{where}: unknown key{_nearest(error['loc'])}"
     if kind == "missing":
         return f"{where}: missing"
     if kind == "value_error":
         return f"{where}: {message.removeprefix('Value error, ')}"
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "…"
-    return f"{where}: {message[0].lower()}{message[1:]}, found {shown}"
+    message = _WORDS.get(kind, message[0].lower() + message[1:])
+    return f"{where}: {message}, found {_SHOWN.repr(error['input'])}"
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str:

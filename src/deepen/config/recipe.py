@@ -1,8 +1,17 @@
 """What a recipe can say. The docstring under a field states its unit and scope."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def _whole(value: Any) -> Any:
@@ -12,7 +21,10 @@ def _whole(value: Any) -> Any:
 
 def _real(value: Any) -> Any:
     """Accept 1 where 1.0 is meant; a bool is not a number."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    # What no float can hold is refused as infinity is.
+    return float(value) if abs(value) < 10**300 else math.inf
 
 
 def _sequence(value: Any) -> Any:
@@ -157,7 +169,7 @@ class TrainSection(Section):
     weight_decay: Annotated[Real, Field(ge=0)] = 0.1
     """AdamW decay of matrices; norms and biases have none."""
 
-    betas: Annotated[tuple[Real, Real], BeforeValidator(_sequence)] = (0.9, 0.95)
+    betas: Annotated[tuple[Share, Share], BeforeValidator(_sequence)] = (0.9, 0.95)
     """AdamW momenta."""
 
     clip: Positive | None = 1.0
@@ -216,15 +228,21 @@ class Recipe(Section):
     merge: bool = False
     """Also write `model/`, an ordinary checkpoint with the trained blocks in it."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.train.method == "blocks" and self.expand is None:
-            raise ValueError("method blocks needs an expand section (for example expand: {blocks: 8})")
-        if self.train.method == "full" and self.expand is not None:
-            raise ValueError("method full trains the base itself; remove the expand section")
-        if self.train.batch_tokens < self.data.sequence_length:
-            raise ValueError(
-                f"train.batch_tokens {self.train.batch_tokens} is less than one window of "
-                f"data.sequence_length {self.data.sequence_length}"
+    # On the field, not on the whole: so these are reported together with faults elsewhere in the recipe.
+    @field_validator("train")
+    @classmethod
+    def _fits(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
+        expand, data = info.data.get("expand", ...), info.data.get("data")
+        faults = []
+        if train.method == "blocks" and expand is None:
+            faults.append("method blocks needs an expand section (for example expand: {blocks: 8})")
+        if train.method == "full" and isinstance(expand, ExpandSection):
+            faults.append("method full trains the base itself; remove the expand section")
+        if data and train.batch_tokens < data.sequence_length:
+            faults.append(
+                f"batch_tokens {train.batch_tokens} is less than one window of "
+                f"data.sequence_length {data.sequence_length}"
             )
-        return self
+        if faults:
+            raise ValueError("; ".join(faults))
+        return train

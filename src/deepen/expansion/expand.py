@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepen.checkpoint import CONFIG, atomic_directory, check_free, fast_fingerprint, write_file
+from deepen.checkpoint import CONFIG, atomic_directory, check_free, fast_fingerprint
 from deepen.expansion.apply import Progress, check_space, write_weights
 from deepen.expansion.carry import carried_files, carry
 from deepen.expansion.layout import Layout, Placement, plan_layout
@@ -185,8 +185,8 @@ def write_checkpoint(
     with atomic_directory(out, overwrite=overwrite, inside=(source, *inside)) as partial:
         carry(source, partial)
         write_weights(prepared.plan, partial, progress)
-        write_file(partial / CONFIG, _json(prepared.config))
-        write_file(partial / MANIFEST_NAME, prepared.expansion.to_json())
+        (partial / CONFIG).write_text(_json(prepared.config), "utf-8")
+        (partial / MANIFEST_NAME).write_text(prepared.expansion.to_json(), "utf-8")
     return ExpandResult(
         directory=out,
         new_blocks=prepared.expansion.new_blocks,

@@ -20,6 +20,7 @@ class Family:
         per_layer_keys: config keys whose value is a list with one entry a block.
         block_required: block tensors every block has, relative to `<layers>.<i>.`.
         block_optional: block tensors that some checkpoints have.
+        block_buffers: those of them that a live model computes itself: never trained, so not in a pack.
         residual_writes: block tensor -> constant that makes its sub-layer add nothing.
         outside_required: tensors outside the blocks that every checkpoint has.
         outside_optional: tensors outside the blocks that some checkpoints have.
@@ -33,6 +34,7 @@ class Family:
     per_layer_keys: tuple[str, ...]
     block_required: tuple[str, ...]
     block_optional: tuple[str, ...]
+    block_buffers: tuple[str, ...]
     residual_writes: Mapping[str, float]
     outside_required: tuple[str, ...]
     outside_optional: tuple[str, ...]
@@ -69,6 +71,7 @@ def _parse(text: str) -> Family:
         per_layer_keys=tuple(raw["per_layer_keys"]),
         block_required=tuple(raw["block"]["required"]),
         block_optional=tuple(raw["block"]["optional"]),
+        block_buffers=tuple(raw["block"]["buffers"]),
         residual_writes=raw["residual_writes"],
         outside_required=tuple(raw["outside"]["required"]),
         outside_optional=tuple(raw["outside"]["optional"]),

@@ -1,6 +1,8 @@
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +21,10 @@ class Blocks:
         """Freeze everything outside the recorded new blocks."""
         return widen(freeze_base(model))
 
+    def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
+        """Those of the tensors that the new blocks copy."""
+        return file_dtypes(model, base)
+
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write `blocks/`."""
-        return save_blocks(model, run / "blocks", dtypes=file_dtypes(model, base), overwrite=True)
+        return save_blocks(model, run / "blocks", dtypes=self.saved_dtypes(model, base), overwrite=True)

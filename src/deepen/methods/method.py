@@ -1,6 +1,8 @@
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,6 +22,9 @@ class Method(Protocol):
 
     def prepare(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
         """Set what trains, in fp32, and return it by exact name; everything else is frozen."""
+
+    def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
+        """Return the precision in which each trained parameter is saved: that of the base's files."""
 
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write the result below the run directory in the files' precision; return its directory."""

@@ -28,7 +28,7 @@ def base_fingerprint(
     Raises:
         PackError: the model lacks a tensor of `dtypes`.
     """
-    base = base_tensors(model)
+    base = base_tensors(model, repeated=dtypes is not None)
     if dtypes is not None and (missing := dtypes.keys() - base.keys()):
         raise PackError(f"the model lacks the base's tensor {min(missing)!r}")
     digests = {}
@@ -51,10 +51,15 @@ def _digest(name: str, tensor: torch.Tensor, strength: Literal["fast", "full"]) 
     )
 
 
-def base_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the base's tensors of a live model under the base's names; a tied one once, as in files."""
+def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str, torch.Tensor]:
+    """Return the base's tensors of a live model under the base's names.
+
+    Args:
+        model: expanded or not.
+        repeated: give a tied tensor under both names, as some files do; default: once.
+    """
     expansion, family = find_expansion(model), family_of(model)
-    tied = family.tied if model.config.tie_word_embeddings else {}
+    tied = family.tied if model.config.tie_word_embeddings and not repeated else {}
     named = {}
     for name, tensor in model.state_dict().items():
         original = base_name(expansion, family, name) if expansion else name

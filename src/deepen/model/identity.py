@@ -1,6 +1,8 @@
-"""Is it exactly the base? Logits, compared on their bits."""
+"""Is it exactly the base? Logits, compared without tolerance."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,9 +42,7 @@ def probe_logits(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     decoded = min(_DECODED, length - 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (2, length), generator=generator).to(model.device)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with _evaluating(model), torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits
         step = model(input_ids=tokens[:, :-decoded], use_cache=True)
         stepwise = []
@@ -53,18 +53,37 @@ def probe_logits(model: PreTrainedModel) -> dict[str, torch.Tensor]:
                 use_cache=True,
             )
             stepwise.append(step.logits)
-    model.train(training)
     return {"uncached": whole.cpu(), "cached": torch.cat(stepwise, dim=1).cpu()}
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def compare_probes(base: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> LogitsComparison:
     """Compare two results of `probe_logits`."""
-    differences = {name: (base[name].double() - other[name].double()).abs().max().item() for name in base}
+    differences = [_distance(base[name], other[name]) for name in base]
     return LogitsComparison(
-        identical=all(torch.equal(base[name], other[name]) for name in base),
-        max_abs_difference=max(differences.values()),
+        identical=not any(differences),
+        max_abs_difference=max(differences),
         checks=tuple(f"{str(base[name].dtype).removeprefix('torch.')}, {name}" for name in base),
     )
+
+
+def _distance(base: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference; infinity where one is not finite and the other is something else."""
+    if base.shape != other.shape or base.dtype != other.dtype:
+        return math.inf
+    same = (base == other) | (base.isnan() & other.isnan())
+    distance = (base.double() - other.double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    return distance.masked_fill(same, 0.0).max().item()
 
 
 def compare_logits(base: Path, expanded: Path) -> LogitsComparison:

@@ -1,17 +1,20 @@
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint, fast_fingerprint
-from deepen.errors import CheckpointError, LayoutError
+from deepen.errors import FamilyError, LayoutError
 from deepen.expansion.layout import Layout
 from deepen.expansion.manifest import Fingerprint, describe_expansion, expand_config
 from deepen.families import Family
+from deepen.model.dtypes import DTYPES
 from deepen.model.fingerprint import base_fingerprint, base_tensors
-from deepen.model.record import attach_record
+from deepen.model.record import attach_record, find_expansion, is_bypassed, source_checkpoint
 from deepen.model.structure import blocks_of, depth_config, family_of, install_blocks
 
 
@@ -38,13 +41,16 @@ def insert_blocks(
         The same model, `layout.depth` blocks deep, with its record attached.
 
     Raises:
-        FamilyError: the family is unknown.
-        LayoutError: the layout is for another number of blocks.
+        FamilyError: the family is unknown, or its weights are quantised.
+        LayoutError: the layout is for another number of blocks, or the model is expanded already.
     """
     family = family_of(model)
     blocks = blocks_of(model, family)
+    if is_bypassed(model) or find_expansion(model) is not None:
+        raise LayoutError("the model is expanded already; expand its base: deepen cannot expand twice yet")
     if len(blocks) != layout.base_blocks:
         raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
+    _check_fillable(blocks, family)
     fingerprint = fingerprint or Fingerprint(fast=_fast_fingerprint(model))
     names = {index: tuple(blocks[index].state_dict()) for index in range(len(blocks))}
     expansion = describe_expansion(
@@ -59,17 +65,35 @@ def insert_blocks(
     return model
 
 
+def _check_fillable(blocks: nn.ModuleList, family: Family) -> None:
+    """Refuse packed weights: zero bytes of a quantised matrix need not mean zero."""
+    for index, block in enumerate(blocks):
+        for name, tensor in block.state_dict().items():
+            if name in family.residual_writes and tensor.dtype not in DTYPES.values():
+                raise FamilyError(
+                    f"tensor {family.join(index, name)!r} is {str(tensor.dtype).removeprefix('torch.')}: "
+                    "a quantised model cannot be expanded; load it unquantised"
+                )
+
+
 def _fast_fingerprint(model: PreTrainedModel) -> str:
     """The model may be held in another precision than its files: then theirs counts, if it still is them."""
-    try:
-        files = Checkpoint.open(model.name_or_path)
-    except CheckpointError:
-        return base_fingerprint(model, "fast")
-    live = base_tensors(model)
-    dtypes = {name: tensor.dtype for name, tensor in files.tensors.items() if name in live}
-    on_disk = fast_fingerprint(files, lambda name: name if name in dtypes else None)
-    unchanged = dtypes.keys() == live.keys() and on_disk == base_fingerprint(model, "fast", dtypes)
-    return fast_fingerprint(files) if unchanged else base_fingerprint(model, "fast")
+    files = source_checkpoint(model)
+    unchanged = files is not None and _equals(base_tensors(model), files)
+    return fast_fingerprint(files) if files and unchanged else base_fingerprint(model, "fast")
+
+
+def _equals(live: Mapping[str, torch.Tensor], files: Checkpoint) -> bool:
+    """Whether live tensors are the files', cast to the precision in memory."""
+    if not live.keys() <= files.tensors.keys():
+        return False
+    for shard in files.shards:
+        with safe_open(shard.path, "pt") as held:
+            for name in live.keys() & {tensor.name for tensor in shard.tensors}:
+                stored = held.get_tensor(name).to(live[name].device, live[name].dtype)
+                if not torch.equal(stored, live[name]):
+                    return False
+    return True
 
 
 def _identity_copy(block: nn.Module, family: Family) -> nn.Module:

@@ -2,17 +2,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deepen.blocks import BLOCKS_NAME
-from deepen.checkpoint import Checkpoint, atomic_directory, fast_fingerprint, resolve_base, write_file
+from deepen.blocks import BLOCKS_NAME, Pack, check_pack, open_pack
+from deepen.checkpoint import Checkpoint, atomic_directory, resolve_base, write_file
 from deepen.errors import CheckpointError, PackError
-from deepen.expansion.manifest import MANIFEST_NAME, read_expansion
+from deepen.expansion import MANIFEST_NAME, open_base
 from deepen.model.dtypes import file_dtypes
 from deepen.model.insert import insert_blocks
-from deepen.model.record import attach_record, expansion_of, new_parameters
+from deepen.model.record import attach_record, expansion_of, find_expansion, new_parameters, source_checkpoint
 from deepen.model.tensors import save_tensors
 
 
@@ -28,18 +29,21 @@ def save_blocks(
     Args:
         model: an expanded model.
         directory: written whole or not at all.
-        dtypes: parameter name -> precision on disk; default: that of the base's files where the model was
-            loaded from a directory, otherwise the model's own.
+        dtypes: parameter name -> precision on disk; default: that of the files the model was loaded from,
+            otherwise the model's own.
         overwrite: replace an existing directory.
 
     Raises:
         PackError: the model has no record of new blocks.
-        OutputError: the directory exists.
+        OutputError: the directory exists, or overlaps the one the model was loaded from.
     """
-    expansion = expansion_of(model)
+    expansion, files = expansion_of(model), source_checkpoint(model)
     tensors = new_parameters(model)
-    with atomic_directory(Path(directory), overwrite=overwrite) as staged:
-        save_tensors(staged / BLOCKS_NAME, tensors, dtypes or _source_dtypes(model))
+    if dtypes is None and files is not None:
+        dtypes = file_dtypes(model, files)
+    inside = (files.directory,) if files else ()
+    with atomic_directory(Path(directory), overwrite=overwrite, inside=inside) as staged:
+        save_tensors(staged / BLOCKS_NAME, tensors, dtypes)
         write_file(staged / MANIFEST_NAME, expansion.to_json())
     return Path(directory)
 
@@ -68,49 +72,46 @@ def load(
         CheckpointError: the base cannot be read.
         PackError: the pack is malformed or was made for another base.
     """
-    directory = resolve_base(str(base))
-    checkpoint = Checkpoint.open(directory)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype or "auto", trust_remote_code=False, local_files_only=True
-    )
-    if pack is not None:
-        _attach(model, checkpoint, Path(pack), str(base))
-    elif (directory / MANIFEST_NAME).exists():
-        attach_record(model, read_expansion(directory))
+    directory = resolve_base(base)
+    if pack is None:
+        model = _pretrained(Checkpoint.open(directory), dtype)
+        find_expansion(model)
+    else:
+        opened, held = open_base(directory), open_pack(pack)
+        check_pack(held, opened)
+        model = _pretrained(opened.checkpoint, dtype)
+        _attach(model, held, str(base))
     return model.to(device).eval()
 
 
-def _source_dtypes(model: PreTrainedModel) -> Mapping[str, torch.dtype] | None:
+def _pretrained(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load by transformers, which only warns where it fills a missing tensor with random numbers."""
+    where = checkpoint.directory
     try:
-        return file_dtypes(model, Checkpoint.open(model.name_or_path))
-    except CheckpointError:
-        return None
-
-
-def _attach(model: PreTrainedModel, checkpoint: Checkpoint, pack: Path, base: str) -> None:
-    expansion = read_expansion(pack)
-    found = fast_fingerprint(checkpoint)
-    if found != expansion.base_fingerprint.fast:
-        raise PackError(
-            f"{pack}: was made for another base ({expansion.base}, fingerprint "
-            f"{expansion.base_fingerprint.fast[:16]}…)\n{base} has fingerprint {found[:16]}…"
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: transformers cannot load it: {reason[:300]}") from None
+    if missing := found["missing_keys"]:
+        raise CheckpointError(f"{where}: tensor {min(missing)!r} is missing")
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _attach(model: PreTrainedModel, pack: Pack, base: str) -> None:
+    """Put the blocks of a pack that fits on its base."""
+    insert_blocks(model, pack.expansion.layout, base=base, fingerprint=pack.expansion.base_fingerprint)
+    attach_record(model, pack.expansion)
     try:
-        tensors = load_file(pack / BLOCKS_NAME)
+        tensors = load_file(pack.shard.path)
     except (OSError, SafetensorError) as error:
-        raise PackError(f"{pack / BLOCKS_NAME}: cannot be read ({error})") from None
-    insert_blocks(model, expansion.layout, base=base)
-    attach_record(model, expansion)
-    parameters = new_parameters(model)
-    if tensors.keys() != parameters.keys():
-        raise PackError(
-            f"{pack / BLOCKS_NAME}: tensor {min(tensors.keys() ^ parameters.keys())!r} does not match"
-        )
+        raise PackError(f"{pack.shard.path}: cannot be read ({error})") from None
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise PackError(
-                    f"{pack / BLOCKS_NAME}: tensor {name!r} has shape {list(tensors[name].shape)}, "
-                    f"the base's blocks want {list(parameter.shape)}"
-                )
+        for name, parameter in new_parameters(model).items():
             parameter.copy_(tensors[name])

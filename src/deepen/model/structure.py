@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from deepen.errors import FamilyError
 from deepen.families import Family, family_for
 
 
@@ -19,9 +20,19 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def blocks_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
-    """Return the model's blocks, bottom to top."""
-    blocks = model.get_submodule(family.layers)
-    assert isinstance(blocks, nn.ModuleList)
+    """Return the model's blocks, bottom to top.
+
+    Raises:
+        FamilyError: they are not where the family's causal LM has them.
+    """
+    try:
+        blocks = model.get_submodule(family.layers)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, nn.ModuleList):
+        raise FamilyError(
+            f"{type(model).__name__}: has no blocks at {family.layers}; give the causal LM itself, unwrapped"
+        )
     return blocks
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deepen.blocks import merge_pack
-from deepen.checkpoint import fast_fingerprint, full_fingerprint, write_file
+from deepen.checkpoint import Checkpoint, fast_fingerprint, full_fingerprint, write_file
 from deepen.config import Recipe
 from deepen.data.batches import Mixture
 from deepen.data.evaluation_text import EvaluationText
@@ -23,7 +23,7 @@ from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import build_record, nats_per_token
 from deepen.expansion import Fingerprint
 from deepen.methods import METHODS, Method
-from deepen.model import DTYPES, base_fingerprint, base_tensors, compare_probes, insert_blocks, probe_logits
+from deepen.model import base_fingerprint, base_tensors, compare_probes, insert_blocks, probe_logits
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.plan import RunPlan, plan_run
 from deepen.pipeline.reporter import Reporter, Silent
@@ -47,7 +47,6 @@ class _Trainee:
     method: Method
     parameters: dict[str, nn.Parameter]
     autocast: torch.dtype | None
-    saved_dtype: torch.dtype
     identity: IdentityResult | None
 
 
@@ -82,7 +81,7 @@ def _describe(run: Path) -> None:
     if not (run / "report.html").exists():
         write_report(run)
     if not (run / "README.md").exists():
-        write_card(run, run / "README.md")
+        write_card(run, run)
 
 
 def corpus_cache(recipe: Recipe) -> Path:
@@ -110,10 +109,10 @@ def _run(plan: RunPlan, directory: RunDirectory, reporter: Reporter) -> RunResul
     trainee = _prepare(plan, model, autocast, reporter)
     seconds = _train(plan, trainee, mixture, texts, base_losses, directory, reporter)
 
-    reporter.stage("saving")
-    _round(trainee)
-    outputs = [trainee.method.save(model, directory.root, plan.base.checkpoint)]
+    _round(trainee, plan.base.checkpoint)
     audit = _audit(plan, model, reporter) if trainee.method.keeps_base else None
+    reporter.stage("saving")
+    outputs = [trainee.method.save(model, directory.root, plan.base.checkpoint)]
     reporter.stage("evaluating the trained model")
     losses = evaluate_texts(model, texts, autocast=autocast, progress=reporter.progress)
     record = build_record(
@@ -177,7 +176,6 @@ def _prepare(
             )
     else:
         parameters = method.prepare(model)
-    block = plan.base.family.join(0, plan.base.family.block_required[0])
     if plan.recipe.train.compile:
         for layer in model.get_submodule(plan.base.family.layers):
             layer.compile()
@@ -186,7 +184,6 @@ def _prepare(
         method=method,
         parameters=parameters,
         autocast=autocast,
-        saved_dtype=DTYPES[plan.base.checkpoint.tensors[block].dtype],
         identity=identity,
     )
 
@@ -331,11 +328,11 @@ class _Log:
             self._reporter.note(f"step {step}: {shown}")
 
 
-def _round(trainee: _Trainee) -> None:
+def _round(trainee: _Trainee, base: Checkpoint) -> None:
     """Give what trained the precision it is saved in, so that what is evaluated is what was saved."""
     with torch.no_grad():
-        for parameter in trainee.parameters.values():
-            parameter.copy_(parameter.to(trainee.saved_dtype))
+        for name, dtype in trainee.method.saved_dtypes(trainee.model, base).items():
+            trainee.parameters[name].copy_(trainee.parameters[name].to(dtype))
 
 
 def _audit(plan: RunPlan, model: PreTrainedModel, reporter: Reporter) -> AuditResult:

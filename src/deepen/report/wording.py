@@ -50,8 +50,8 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 def number(value: int, noun: str) -> str:
-    """Write a small count with its noun: 1 block, 8 blocks."""
-    return f"{value} {noun}" if value == 1 else f"{value} {noun}s"
+    """Write an exact count with its noun: 1 block, 16,000 steps."""
+    return f"{value} {noun}" if value == 1 else f"{value:,} {noun}s"
 
 
 @dataclass(frozen=True, kw_only=True)

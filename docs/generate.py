@@ -1,0 +1,307 @@
+"""Write the pages that say what the code says: recipe.md, cli.md and families.md.
+
+    python docs/generate.py
+
+Their words stand in the code: the docstrings under a recipe's fields, the help of a command, a family's file.
+`tests/test_docs.py` fails where a page is not what this script would write.
+"""
+
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from deepen import cli
+from deepen.config.recipe import Recipe
+from deepen.families import Family, load_families
+
+DOCS = Path(__file__).parent
+_NOTE = "<!-- Written by docs/generate.py from {source}; do not edit. -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Return page -> content."""
+    return {
+        "recipe.md": _NOTE.format(source="src/deepen/config/recipe.py") + recipe_page(),
+        "cli.md": _NOTE.format(source="src/deepen/cli/") + cli_page(),
+        "families.md": _NOTE.format(source="src/deepen/families/*.toml") + families_page(),
+    }
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Yield (full name, command) of every command that does something, in the order of the help."""
+    yield from _leaves("deepen", typer.main.get_command(cli._root))
+
+
+def records(command: Any, kind: Literal["argument", "option"]) -> list[tuple[str, str]]:
+    """Return (how it is written, its help) of a command's arguments or options."""
+    context = command.make_context(command.name, [], resilient_parsing=True)
+    found = (p.get_help_record(context) for p in command.params if p.param_type_name == kind)
+    return [record for record in found if record]
+
+
+def _leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    if not hasattr(command, "list_commands"):
+        yield name, command
+        return
+    context = command.make_context(name, [], resilient_parsing=True)
+    for child in command.list_commands(context):
+        yield from _leaves(f"{name} {child}", command.get_command(context, child))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return (
+        "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        + "\n"
+    )
+
+
+# --- cli.md
+
+
+_CLI = """\
+# Commands
+
+Every command answers `--help`. With `--json` it prints one JSON object on stdout and nothing else there;
+progress, warnings and errors go to stderr.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | done |
+| 1 | a bug of ours: a traceback |
+| 2 | the input is at fault: a message says what, where and what to do; nothing half-written is left |
+| 3 | a check that ran and said no, for example `deepen verify` |
+| 130 | stopped by SIGINT or SIGTERM; training saves a checkpoint first |
+
+"""
+
+
+def cli_page() -> str:
+    """Return the page of commands."""
+    return _CLI + "".join(_command(name, command) for name, command in commands()).rstrip() + "\n"
+
+
+def _command(name: str, command: Any) -> str:
+    arguments, options = records(command, "argument"), records(command, "option")
+    written = " ".join([name, *(said.split(" <")[0].upper() for said, _ in arguments), "[options]"])
+    text = f"## `{name}`\n\n{_joined(command.help)}\n\n```text\n{written}\n```\n\n"
+    if arguments:
+        rows = [[f"`{said.split(' <')[0].upper()}`", _plain(help)] for said, help in arguments]
+        text += _table(["argument", "meaning"], rows)
+    return text + _table(["option", "meaning"], [[f"`{said}`", _plain(help)] for said, help in options])
+
+
+def _plain(help: str) -> str:
+    return _joined(help.removesuffix("[required]"))
+
+
+def _joined(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+# --- recipe.md
+
+
+_RECIPE = """\
+# Recipe
+
+A recipe is a YAML file; `deepen run RECIPE` carries it out and writes it, complete with every default, to
+`recipe.yaml` in the run directory. `--set section.key=value` overrides a key. An unknown key, a wrong type or
+a value out of range is an error before any work, and all faults are reported together. Paths are relative to
+the directory the command runs in. Numbers may be written as `2e9`.
+
+```yaml
+base: meta-llama/Llama-2-7b-hf
+output: runs/code
+expand: {blocks: 8}
+data:
+  sequence_length: 4096
+  heldout: 0.005
+  sources:
+    - {name: code, path: "data/python/*.jsonl", weight: 1.5}
+    - {name: math, path: "data/math/*.parquet"}
+train: {tokens: 2e9, batch_tokens: 1e6, learning_rate: 2e-4}
+evaluate:
+  general:
+    - {path: data/general.txt}
+```
+
+Some rules bind several keys: a text has either `path` or `hub`, and at most one of `field` and `template`;
+`expand` has `blocks` or `after`, is required by method `blocks` and not allowed with `full`;
+`train.batch_tokens` is at least one window of `data.sequence_length`.
+
+"""
+
+
+def recipe_page() -> str:
+    """Return the page of recipe keys, section by section."""
+    shown: dict[type[BaseModel], str] = {}
+    text = _RECIPE
+    for place, model in _sections("", Recipe):
+        if (first := shown.setdefault(model, place)) == place:
+            text += _section(place, model)
+        else:
+            text += f"## `{place}`\n\nAs [`{first}`](#{_anchor(first)}).\n\n"
+    return text.rstrip() + "\n"
+
+
+def _sections(place: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    yield place, model
+    for name, field in model.model_fields.items():
+        if inner := _section_in(field.annotation):
+            yield from _sections(f"{place}.{name}".lstrip("."), inner)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+
+
+def _section(place: str, model: type[BaseModel]) -> str:
+    rows = [
+        [f"`{name}`", _value(field), _default(field), _meaning(name, field, place)]
+        for name, field in model.model_fields.items()
+    ]
+    title = f"## `{place}`" if place else "## The recipe"
+    return f"{title}\n\n{_joined(model.__doc__)}\n\n" + _table(["key", "value", "default", "meaning"], rows)
+
+
+def _meaning(name: str, field: FieldInfo, place: str) -> str:
+    if inner := _section_in(field.annotation):
+        anchor = _anchor(f"{place}.{name}")
+        words = field.description or _joined(inner.__doc__)
+        return f"{_joined(words)} See [below](#{anchor})."
+    return _joined(field.description)
+
+
+def _anchor(place: str) -> str:
+    return place.replace(".", "")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.default
+    if default is None or default == () or isinstance(default, BaseModel):
+        return "–"
+    words = {True: "true", False: "false"}
+    plain = (
+        words[default]
+        if isinstance(default, bool)
+        else list(default)
+        if isinstance(default, tuple)
+        else default
+    )
+    return f"`{plain}`"
+
+
+def _value(field: FieldInfo) -> str:
+    limits = dict([*_limits(field.metadata), *_inner_limits(field.annotation)])
+    return ", ".join([_kind(field.annotation), *(f"{sign} {number}" for sign, number in limits.items())])
+
+
+def _kind(annotation: Any) -> str:
+    """Return the type in words."""
+    plain = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in plain:
+        return plain[annotation]
+    if origin is Annotated:
+        return _kind(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(part) for part in arguments if part is not type(None))
+    if origin is tuple:
+        return (
+            f"list of {_kind(arguments[0])}s"
+            if arguments[-1] is ...
+            else f"{len(arguments)} {_kind(arguments[0])}s"
+        )
+    return "section"
+
+
+def _inner_limits(annotation: Any) -> Iterator[tuple[str, Any]]:
+    if get_origin(annotation) is Annotated:
+        yield from _limits(annotation.__metadata__)
+    for part in get_args(annotation):
+        if part is not ... and get_origin(annotation) is not tuple:
+            yield from _inner_limits(part)
+
+
+def _limits(metadata: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (sign, number); where a sign comes twice the last, which is the narrower, counts."""
+    signs = {annotated_types.Ge: ("≥", "ge"), annotated_types.Gt: (">", "gt")}
+    signs |= {annotated_types.Le: ("≤", "le"), annotated_types.Lt: ("<", "lt")}
+    for entry in metadata:
+        if isinstance(entry, FieldInfo):
+            yield from _limits(entry.metadata)
+        elif type(entry) in signs:
+            sign, attribute = signs[type(entry)]
+            yield sign, getattr(entry, attribute)
+
+
+# --- families.md
+
+
+_FAMILIES = """\
+# Families
+
+What deepen knows of a model family is one small file; there is no code per family. A checkpoint whose
+`model_type` stands in no file, or that holds a tensor its family does not name, is refused, not guessed at.
+
+A *residual write* is a parameter whose value below makes a sub-layer add nothing to the residual stream. New
+blocks are copies of base blocks with exactly these filled (see [Concepts](concepts.md)).
+
+"""
+
+
+def families_page() -> str:
+    """Return the page of families."""
+    return _FAMILIES + "".join(map(_family, load_families())).rstrip() + "\n"
+
+
+def _family(family: Family) -> str:
+    facts = [
+        ["`model_type`", _names(family.model_types)],
+        ["blocks", f"`{family.layers}.<i>.`"],
+        ["number of blocks", f"`{family.depth_key}` in `config.json`"],
+        ["config lists with one entry a block", _names(family.per_layer_keys)],
+        ["outside the blocks", _names(family.outside_required)],
+        ["outside, in some checkpoints", _names(family.outside_optional)],
+        ["tied embeddings", ", ".join(f"`{a}` = `{b}`" for a, b in family.tied.items()) or "–"],
+    ]
+    tensors = [
+        [f"`{name}`", presence, _fill(family, name)]
+        for presence, names in (("always", family.block_required), ("in some", family.block_optional))
+        for name in names
+    ]
+    return (
+        f"## {family.name}\n\n"
+        + _table(["what", "in this family"], facts)
+        + _table(["tensor of a block", "present", "in a new block"], tensors)
+    )
+
+
+def _fill(family: Family, name: str) -> str:
+    if name in family.residual_writes:
+        return f"filled with {family.residual_writes[name]:g}"
+    if name in family.block_buffers:
+        return "copied; computed by the model itself, so not in a pack"
+    return "copied"
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "–"
+
+
+if __name__ == "__main__":
+    for page, content in pages().items():
+        (DOCS / page).write_text(content)

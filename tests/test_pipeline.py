@@ -1,0 +1,315 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_run import write_base, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import deepen
+from deepen.cli import main
+from deepen.config import load_recipe
+from deepen.errors import CheckFailed, OutputError, RecipeError
+from deepen.expansion import verify_bytes
+from deepen.pipeline import run as pipeline
+from deepen.pipeline.run import run_recipe
+from deepen.records import EvaluationRecord, RunResult, read_record
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished `blocks` run on a bf16 base, merged."""
+    root = tmp_path_factory.mktemp("pipeline")
+    write_base(root / "base", dtype="bfloat16")
+    recipe = write_recipe(root, merge=True)
+    before = {path.name: path.read_bytes() for path in (root / "base").iterdir()}
+    result = run_recipe(load_recipe(recipe))
+    assert {path.name: path.read_bytes() for path in (root / "base").iterdir()} == before
+    return root, result
+
+
+def record_of(root):
+    return read_record(root / "run" / "evaluation" / "heldout.json", EvaluationRecord)
+
+
+def test_a_run_leaves_the_files_of_the_design(finished):
+    root, _ = finished
+    assert {path.name for path in (root / "run").iterdir()} == {
+        "README.md", "blocks", "checkpoints", "environment.json", "evaluation", "metrics.jsonl", "model",
+        "recipe.yaml", "report.html", "result.json",
+    }  # fmt: skip
+    assert not [path for path in (root / "run").rglob("*") if path.suffix in {".pt", ".pth", ".bin", ".pkl"}]
+    assert load_recipe(root / "run" / "recipe.yaml") == load_recipe(root / "recipe.yaml")
+
+
+def test_the_record_proves_identity_before_and_the_base_after(finished):
+    root, result = finished
+    assert result == read_record(root / "run" / "result.json", RunResult)
+    assert result.identity.identical
+    assert result.identity.max_abs_difference == 0
+    assert result.audit.unchanged
+    assert result.audit.before == result.audit.after == deepen_full_fingerprint(root / "base")
+    assert result.steps == 6
+    assert result.tokens == 768
+    assert (result.parameters.trainable, result.parameters.new) == (result.parameters.new, new_elements(root))
+
+
+def deepen_full_fingerprint(directory):
+    from deepen.checkpoint import Checkpoint, full_fingerprint
+
+    return full_fingerprint(Checkpoint.open(directory))
+
+
+def new_elements(root):
+    from safetensors import safe_open
+
+    with safe_open(root / "run" / "blocks" / "blocks.safetensors", "pt") as pack:
+        return sum(math.prod(pack.get_slice(name).get_shape()) for name in pack.keys())  # noqa: SIM118
+
+
+def test_the_pack_the_merged_model_and_the_evaluated_one_are_the_same_model(finished):
+    root, _ = finished
+    merged = AutoModelForCausalLM.from_pretrained(root / "run" / "model", dtype=torch.float32)
+    packed = deepen.load(root / "base", root / "run" / "blocks", dtype=torch.float32)
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert torch.equal(merged(tokens).logits, packed(tokens).logits)
+    assert verify_bytes(root / "base", root / "run" / "model", base_only=True).identical
+    assert not verify_bytes(root / "base", root / "run" / "model").identical
+
+    tokenizer = AutoTokenizer.from_pretrained(root / "base")
+    texts = [json.loads(line)["text"] for line in (root / "heldout.jsonl").read_text().splitlines()]
+    assert heldout_loss(packed, tokenizer, texts) == pytest.approx(
+        value(record_of(root), "heldout"), abs=1e-5
+    )
+    with deepen.bypass(packed):
+        base = heldout_loss(packed, tokenizer, texts)
+    assert base == pytest.approx(value(record_of(root), "heldout", "base_value"), abs=1e-5)
+
+
+def heldout_loss(model, tokenizer, texts):
+    """Transformers' own loss over windows of 32 predicted tokens, none across documents."""
+    summed, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        for start in range(0, len(ids) - 1, 32):
+            window = ids[start : start + 33][None]
+            with torch.no_grad():
+                summed += model(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
+            count += window.shape[1] - 1
+    return summed / count
+
+
+def value(record, task, field="value"):
+    return next(getattr(m, field) for m in record.metrics if (m.task, m.metric) == (task, "nats_per_token"))
+
+
+def test_the_domain_is_learned_and_intervals_hold_the_difference(finished):
+    root, _ = finished
+    metrics = {(m.task, m.metric): m for m in record_of(root).metrics}
+    assert set(metrics) == {
+        (t, m) for t in ("general", "heldout") for m in ("nats_per_token", "bits_per_byte")
+    }
+    learned = metrics["heldout", "nats_per_token"]
+    assert learned.delta == pytest.approx(learned.value - learned.base_value)
+    assert learned.ci_low < learned.delta < learned.ci_high < 0
+
+
+def test_metrics_have_every_step_and_evaluation(finished):
+    root, _ = finished
+    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 3, 6]
+    assert lines[-2]["source_tokens"] == {"train": 768}
+    assert lines[0]["evaluation"]["general"] == pytest.approx(value(record_of(root), "general", "base_value"))
+
+
+def test_a_finished_run_does_nothing_and_says_so(finished, capsys):
+    root, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (root / "run").rglob("*")}
+    assert main(["run", str(root / "recipe.yaml")]) == 0
+    assert "already finished; nothing to do" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (root / "run").rglob("*")} == before
+
+
+def test_pages_lost_to_a_kill_are_written_again(finished):
+    root, _ = finished
+    (root / "run" / "report.html").unlink()
+    assert main(["run", str(root / "recipe.yaml")]) == 0
+    assert "<html" in (root / "run" / "report.html").read_text()
+
+
+def test_an_output_with_another_recipe_is_refused_by_its_first_difference(finished):
+    root, _ = finished
+    recipe = load_recipe(root / "recipe.yaml", ["train.learning_rate=0.5"])
+    with pytest.raises(OutputError, match=r"train.learning_rate: 0.01 there, 0.5 here"):
+        run_recipe(recipe)
+
+
+def test_json_is_one_object_with_the_metrics(finished, capsys):
+    root, _ = finished
+    assert main(["run", str(root / "recipe.yaml"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {"identity", "audit", "metrics", "parameters"} <= printed.keys()
+
+
+def test_compare_puts_two_runs_beside_the_base(finished, tmp_path, capsys):
+    root, _ = finished
+    recipe = load_recipe(
+        root / "recipe.yaml", ["train.method=full", "expand=null", "merge=false", f"output={root}/full"]
+    )
+    result = run_recipe(recipe)
+    assert result.audit is None
+    assert result.identity is None
+    assert result.parameters.trainable == result.parameters.base
+    page = tmp_path / "page.html"
+    assert main(["compare", str(root / "full"), str(root / "run"), "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("base", "full", "run"))
+    assert "<svg" in page.read_text()
+    trained = AutoModelForCausalLM.from_pretrained(root / "full" / "model")
+    assert trained.dtype == torch.bfloat16
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    write_base(tmp_path / "base")
+    recipe = write_recipe(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["run", str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "■ □1 ■■ □4" in out
+    assert "768 in 6 steps of 4 windows × 32 tokens" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_heldout_documents_of_a_source_are_evaluated(tmp_path):
+    write_base(tmp_path / "base")
+    recipe = write_recipe(tmp_path, data__heldout=0.2, evaluate__domain=[])
+    run_recipe(load_recipe(recipe))
+    assert {metric.task for metric in record_of(tmp_path).metrics} == {"general", "train-heldout"}
+
+
+def test_a_base_that_moves_fails_the_audit_and_leaves_no_result(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    honest = pipeline.train
+
+    def leaky(model, *arguments, **keywords):
+        honest(model, *arguments, **keywords)
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1e-3
+
+    monkeypatch.setattr(pipeline, "train", leaky)
+    with pytest.raises(CheckFailed, match="a base tensor changed"):
+        run_recipe(recipe)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "blocks").exists()
+
+
+def test_an_expansion_that_is_not_the_identity_is_stopped_before_training(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    honest = pipeline.insert_blocks
+
+    def wrong(model, *arguments, **keywords):
+        honest(model, *arguments, **keywords)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[0, 0] = 0.5
+
+    monkeypatch.setattr(pipeline, "insert_blocks", wrong)
+    with pytest.raises(CheckFailed, match="not the base before training"):
+        run_recipe(recipe)
+
+
+def test_every_fault_of_a_recipe_against_its_base_is_named_at_once(tmp_path):
+    write_base(tmp_path / "base")
+    recipe = write_recipe(
+        tmp_path,
+        expand={"after": [7]},
+        data__sequence_length=128,
+        evaluate__general=[{"path": str(tmp_path / "nowhere.txt")}],
+        evaluate__domain=[{"path": str(tmp_path / "train.jsonl")}, {"path": str(tmp_path / "train.jsonl")}],
+    )
+    with pytest.raises(RecipeError) as error:
+        run_recipe(load_recipe(recipe))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    for line, words in zip(
+        lines, ["block 7 is out of range", "128", "nowhere.txt", "called train"], strict=True
+    ):
+        assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"base": "nowhere/at-all/x"}, "nowhere/at-all/x"),
+        ({"train__device": "cuda:99"}, "cuda:99 cannot be used"),
+        ({"train__tokens": 0}, "train.tokens"),
+        ({"expand__blocks": 0}, "expand.blocks"),
+        ({"data__sources": [{"path": "gone.jsonl"}]}, "gone.jsonl"),
+        ({"expand": None}, "method blocks needs an expand section"),
+    ],
+)
+def test_bad_input_is_two_lines_and_exit_code_2(tmp_path, capsys, change, words):
+    write_base(tmp_path / "base")
+    recipe = write_recipe(tmp_path, **change)
+    assert main(["run", str(recipe)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line or words in line]
+    assert 1 <= len(said) <= 2
+    assert words in said[0]
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_an_empty_corpus_is_refused(tmp_path, capsys):
+    write_base(tmp_path / "base")
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "train.jsonl").write_text("")
+    assert main(["run", str(recipe)]) == 2
+    assert "train.jsonl" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_wants_a_word_and_a_strangers_directory_is_left_alone(tmp_path):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not a run"):
+        run_recipe(recipe)
+    (tmp_path / "run" / "thesis.txt").unlink()
+    with pipeline.open_run(recipe, overwrite=False), pytest.raises(OutputError, match="another process"):
+        run_recipe(recipe, resume=True)
+    with pytest.raises(OutputError, match=r"unfinished; continue with --resume"):
+        run_recipe(recipe)
+    assert run_recipe(recipe, overwrite=True).steps == 6
+
+
+def test_sigterm_saves_stops_and_resumes_to_the_same_bytes(tmp_path, finished):
+    root, _ = finished
+    for name in ("base", "train.jsonl", "general.jsonl", "heldout.jsonl"):
+        os.symlink(root / name, tmp_path / name)
+    long = {"train__tokens": 60 * 128, "train__checkpoint_every": 1000}
+    straight = load_recipe(write_recipe(tmp_path, output=str(tmp_path / "straight"), **long))
+    run_recipe(straight)
+    recipe = write_recipe(tmp_path, **long)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deepen", "run", str(recipe)], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("loss") < 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "continue with --resume" in said
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    run_recipe(load_recipe(recipe), resume=True)
+    blocks = "blocks/blocks.safetensors"
+    assert (tmp_path / "run" / blocks).read_bytes() == (tmp_path / "straight" / blocks).read_bytes()
