@@ -48,6 +48,8 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
+COMMAND = [sys.executable, "-c", SERVER]
+
 
 def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path):
     write_base(tmp_path / "base")
@@ -82,7 +84,7 @@ def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path):
 
 @contextmanager
 def server_process(tmp_path):
-    """Give a function of (recipe, seconds): run it in a child, kill -9 after so long, return the exit code."""
+    """Give a function that runs a recipe in a child, kills it after some seconds, returns its exit code."""
     with (
         (tmp_path / "said").open("w") as said,
         subprocess.Popen(
@@ -102,7 +104,7 @@ def server_process(tmp_path):
 
 def check_whole(run, base):
     """Nothing that bears its final name is half-written."""
-    saved, damaged = newest_checkpoint(run / "checkpoints")
+    _, damaged = newest_checkpoint(run / "checkpoints")
     assert not damaged
     if (run / "recipe.yaml").exists():
         load_recipe(run / "recipe.yaml")

@@ -16,7 +16,8 @@ from deepen.cli import main
 from deepen.config import load_recipe
 from deepen.errors import CheckFailed, OutputError, RecipeError
 from deepen.expansion import verify_bytes
-from deepen.pipeline import run as pipeline
+from deepen.pipeline import trainee, training
+from deepen.pipeline.directory import open_run
 from deepen.pipeline.run import run_recipe
 from deepen.records import EvaluationRecord, RunResult, read_record
 
@@ -197,14 +198,14 @@ def test_heldout_documents_of_a_source_are_evaluated(tmp_path):
 def test_a_base_that_moves_fails_the_audit_and_leaves_no_result(tmp_path, monkeypatch):
     write_base(tmp_path / "base")
     recipe = load_recipe(write_recipe(tmp_path))
-    honest = pipeline.train
+    honest = training.train
 
     def leaky(model, *arguments, **keywords):
         honest(model, *arguments, **keywords)
         with torch.no_grad():
             model.model.norm.weight[0] += 1e-3
 
-    monkeypatch.setattr(pipeline, "train", leaky)
+    monkeypatch.setattr(training, "train", leaky)
     with pytest.raises(CheckFailed, match="a base tensor changed"):
         run_recipe(recipe)
     assert not (tmp_path / "run" / "result.json").exists()
@@ -214,14 +215,14 @@ def test_a_base_that_moves_fails_the_audit_and_leaves_no_result(tmp_path, monkey
 def test_an_expansion_that_is_not_the_identity_is_stopped_before_training(tmp_path, monkeypatch):
     write_base(tmp_path / "base")
     recipe = load_recipe(write_recipe(tmp_path))
-    honest = pipeline.insert_blocks
+    honest = trainee.insert_blocks
 
     def wrong(model, *arguments, **keywords):
         honest(model, *arguments, **keywords)
         with torch.no_grad():
             model.model.layers[1].mlp.down_proj.weight[0, 0] = 0.5
 
-    monkeypatch.setattr(pipeline, "insert_blocks", wrong)
+    monkeypatch.setattr(trainee, "insert_blocks", wrong)
     with pytest.raises(CheckFailed, match="not the base before training"):
         run_recipe(recipe)
 
@@ -283,7 +284,7 @@ def test_an_unfinished_run_wants_a_word_and_a_strangers_directory_is_left_alone(
     with pytest.raises(OutputError, match="is not a run"):
         run_recipe(recipe)
     (tmp_path / "run" / "thesis.txt").unlink()
-    with pipeline.open_run(recipe, overwrite=False), pytest.raises(OutputError, match="another process"):
+    with open_run(recipe, overwrite=False), pytest.raises(OutputError, match="another process"):
         run_recipe(recipe, resume=True)
     with pytest.raises(OutputError, match=r"unfinished; continue with --resume"):
         run_recipe(recipe)

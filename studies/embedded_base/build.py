@@ -20,10 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deepen.demo.text import help_topics, is_heldout, module_name, modules_below, prose, standard_library
 
-PACKAGES = """
-    datasets fsspec huggingface_hub hypothesis jinja2 matplotlib mpmath networkx numpy pandas pip pydantic
-    pytest rich safetensors scipy sympy tokenizers torch transformers typer
-""".split()
+PACKAGES = (
+    *("datasets", "fsspec", "huggingface_hub", "hypothesis", "jinja2", "matplotlib", "mpmath", "networkx"),
+    *("numpy", "pandas", "pip", "pydantic", "pytest", "rich", "safetensors", "scipy", "sympy", "tokenizers"),
+    *("torch", "transformers", "typer"),
+)
 LONGEST = 40_000  # characters of one module, so that no single interface fills the corpus
 VOCABULARY = 2048
 

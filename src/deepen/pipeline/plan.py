@@ -10,6 +10,7 @@ from deepen.config import Recipe, TextSet
 from deepen.data.files import find_files
 from deepen.errors import DeepenError, RecipeError
 from deepen.expansion import Base, Layout, count_parameters, open_base, plan_layout
+from deepen.families import Family
 from deepen.records import Parameters
 
 _MICRO_TOKENS = 16_384
@@ -134,11 +135,17 @@ def _collect(faults: list[str], place: str, work: Callable[[], _T]) -> _T | None
         return None
 
 
+def _is_buffer(name: str, family: Family) -> bool:
+    place = family.split(name)
+    return place is not None and place[1] in family.block_buffers
+
+
 def _count(base: Base, layout: Layout | None) -> Parameters:
     """Count from the headers; a tied head that the files repeat counts once."""
     checkpoint, family = base.checkpoint, base.family
     tied = family.tied if checkpoint.config.get("tie_word_embeddings", False) else {}
-    tensors = [tensor for name, tensor in checkpoint.tensors.items() if name not in tied]
+    parameters = (tensor for name, tensor in checkpoint.tensors.items() if name not in tied)
+    tensors = [tensor for tensor in parameters if not _is_buffer(tensor.name, family)]
     total = count_parameters(tensors)
     if layout is None:
         return Parameters(base=total, new=0, trainable=total)

@@ -1,0 +1,161 @@
+"""Training with everything a run puts round it: metrics, evaluation, checkpoints, resume, signals."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from deepen.data.batches import Mixture
+from deepen.data.evaluation_text import EvaluationText
+from deepen.evaluation.heldout import evaluate_texts
+from deepen.evaluation.record import nats_per_token
+from deepen.pipeline.directory import RunDirectory
+from deepen.pipeline.plan import RunPlan
+from deepen.pipeline.reporter import Reporter
+from deepen.pipeline.trainee import Trainee
+from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
+from deepen.training.loop import Hooks, Settings, StepReport, train
+from deepen.training.metrics import MetricsLog
+from deepen.training.optimizer import build_optimizer
+from deepen.training.signals import stop_on_signal
+
+
+def train_to_the_end(
+    plan: RunPlan,
+    trainee: Trainee,
+    mixture: Mixture,
+    texts: Sequence[EvaluationText],
+    base_loss: Mapping[str, float],
+    directory: RunDirectory,
+    reporter: Reporter,
+) -> float:
+    """Train from the newest valid checkpoint, or from the start; return the seconds it took in all.
+
+    Args:
+        plan: the numbers.
+        trainee: the model and what of it trains.
+        mixture: where batches come from.
+        texts: evaluated along the way.
+        base_loss: task -> nats per token before the first step.
+        directory: where metrics and checkpoints go.
+        reporter: told what goes on.
+
+    Raises:
+        TrainingError: the loss is not finite, or a checkpoint is another run's.
+        Interrupted: a signal came; a checkpoint was saved.
+    """
+    section = plan.recipe.train
+    torch.manual_seed(section.seed)
+    optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
+    shared = {"data": mixture.digest, "steps": plan.steps, "windows": plan.windows}
+    first = _restore(plan, trainee, optimizer, shared, directory, reporter)
+    reporter.stage("training")
+    log = _Log(plan, MetricsLog(directory.metrics, resume_after=first or -1), reporter)
+    if not first:
+        log.evaluation(0, base_loss)
+
+    def evaluate(step: int) -> None:
+        losses = evaluate_texts(trainee.model, texts, autocast=trainee.autocast)
+        log.evaluation(step, nats_per_token(texts, losses))
+
+    def save(step: int) -> None:
+        save_checkpoint(
+            directory.checkpoints,
+            step,
+            trainee.parameters,
+            optimizer,
+            identity=shared,
+            keep=section.keep_checkpoints,
+        )
+
+    with stop_on_signal() as asked:
+        train(
+            trainee.model,
+            trainee.parameters,
+            optimizer,
+            mixture.batch,
+            _settings(plan, trainee),
+            Hooks(log=log.step, evaluate=evaluate, save=save, stop=asked),
+            first_step=first,
+        )
+    return log.close()
+
+
+def _restore(
+    plan: RunPlan,
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    shared: Mapping[str, Any],
+    directory: RunDirectory,
+    reporter: Reporter,
+) -> int:
+    """Go back to the newest valid checkpoint; return its step, 0 where there is none."""
+    saved, damaged = newest_checkpoint(directory.checkpoints)
+    for line in damaged:
+        reporter.note(line)
+    if saved is None:
+        return 0
+    restore_checkpoint(saved, trainee.parameters, optimizer, identity=shared)
+    reporter.note(f"continuing after step {saved.step} of {plan.steps}")
+    return saved.step
+
+
+def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
+    section = plan.recipe.train
+    return Settings(
+        steps=plan.steps,
+        windows=plan.windows,
+        micro_batch=plan.micro_batch,
+        learning_rate=section.learning_rate,
+        schedule=section.schedule,
+        warmup=section.warmup,
+        final_learning_rate=section.final_learning_rate,
+        clip=section.clip,
+        autocast=trainee.autocast,
+        evaluate_every=plan.evaluate_every,
+        checkpoint_every=plan.checkpoint_every,
+    )
+
+
+class _Log:
+    """Turns what the loop reports into metrics lines and the live line."""
+
+    def __init__(self, plan: RunPlan, metrics: MetricsLog, reporter: Reporter) -> None:
+        self._plan, self._metrics, self._reporter = plan, metrics, reporter
+        self._sources = [source.label for source in plan.recipe.data.sources]
+        self._step_tokens = plan.windows * plan.recipe.data.sequence_length
+        steps = [line for line in metrics.kept if "loss" in line]
+        self._seconds: float = steps[-1]["seconds"] if steps else 0.0
+        self._source_tokens: dict[str, int] = (
+            steps[-1]["source_tokens"] if steps else dict.fromkeys(self._sources, 0)
+        )
+
+    def step(self, report: StepReport) -> None:
+        rate = self._step_tokens / report.seconds
+        self._seconds += report.seconds
+        for source, windows in report.sources.items():
+            self._source_tokens[self._sources[source]] += windows * self._plan.recipe.data.sequence_length
+        self._metrics.write(
+            {
+                "step": report.step,
+                "tokens": report.step * self._step_tokens,
+                "loss": report.loss,
+                "learning_rate": report.learning_rate,
+                "gradient_norm": report.gradient_norm,
+                "tokens_per_second": round(rate, 1),
+                "seconds": round(self._seconds, 3),
+                "source_tokens": self._source_tokens,
+            }
+        )
+        detail = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"
+        self._reporter.progress(report.step, self._plan.steps, detail)
+
+    def evaluation(self, step: int, nats: Mapping[str, float]) -> None:
+        self._metrics.write({"step": step, "tokens": step * self._step_tokens, "evaluation": dict(nats)})
+        shown = "  ".join(f"{task} {value:.4f}" for task, value in nats.items())
+        if shown:
+            self._reporter.note(f"step {step}: {shown}")
+
+    def close(self) -> float:
+        self._metrics.close()
+        return self._seconds
