@@ -50,6 +50,7 @@ def test_copies_are_of_the_top_of_the_group():
         ({"blocks": 0}, "at least 1"),
         ({"blocks": None}, "at least 1"),
         ({"blocks": -1}, "at least 1"),
+        ({"blocks": 10**9}, "more than 10000"),
         ({"after": []}, "after is empty"),
         ({"after": [4]}, "block 4 is out of range; the base has blocks 0 to 3"),
         ({"after": [-2]}, "out of range"),

@@ -291,6 +291,19 @@ def test_one_bit(tiny_llama):
     assert base_fingerprint(model, "fast") != fast_fingerprint(Checkpoint.open(base))
 
 
+@pytest.mark.parametrize("factor", [1 + 1e-6, float("nan")])
+def test_a_move_too_small_for_the_files_precision(tiny_llama, factor):
+    base = tiny_llama(dtype="bfloat16")
+    files, model = Checkpoint.open(base), plain(base, torch.float32)
+    dtypes = {name: tensor.dtype for name, tensor in files.tensors.items()}
+    with torch.no_grad():
+        weight = model.model.layers[1].self_attn.q_proj.weight
+        before = weight.clone()
+        weight[2, 3] *= factor
+    assert not torch.equal(weight, before)
+    assert base_fingerprint(model, "full", dtypes) != full_fingerprint(files)
+
+
 def test_the_record_of_a_base_that_was_changed_in_memory(tiny_llama, tmp_path):
     base = tiny_llama()
     model = plain(base)

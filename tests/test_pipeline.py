@@ -1,22 +1,25 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import write_base, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deepen
 from deepen.cli import main
 from deepen.config import load_recipe
-from deepen.errors import CheckFailed, OutputError, RecipeError
+from deepen.errors import CheckFailed, Interrupted, OutputError, RecipeError, TrainingError
 from deepen.expansion import verify_bytes
-from deepen.pipeline import trainee, training
+from deepen.pipeline import directory, run, trainee, training
 from deepen.pipeline.directory import open_run
 from deepen.pipeline.run import run_recipe
 from deepen.records import EvaluationRecord, RunResult, read_record
@@ -188,6 +191,18 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("method", ["blocks", "full"])
+def test_bf16_compute_is_proved_and_audited_too(tmp_path, method):
+    write_base(tmp_path / "base", dtype="bfloat16")
+    changes = {"expand": None} if method == "full" else {}
+    recipe = write_recipe(tmp_path, train__precision="bf16", train__method=method, **changes)
+    result = run_recipe(load_recipe(recipe))
+    if method == "blocks":
+        assert result.identity.checks == ["bfloat16, uncached", "bfloat16, cached"]
+        assert result.audit.unchanged
+    assert value(record_of(tmp_path), "heldout") < value(record_of(tmp_path), "heldout", "base_value")
+
+
 def test_heldout_documents_of_a_source_are_evaluated(tmp_path):
     write_base(tmp_path / "base")
     recipe = write_recipe(tmp_path, data__heldout=0.2, evaluate__domain=[])
@@ -210,6 +225,20 @@ def test_a_base_that_moves_fails_the_audit_and_leaves_no_result(tmp_path, monkey
         run_recipe(recipe)
     assert not (tmp_path / "run" / "result.json").exists()
     assert not (tmp_path / "run" / "blocks").exists()
+
+
+def test_a_base_whose_every_weight_moves_by_less_than_its_precision_fails_the_audit(tmp_path, monkeypatch):
+    write_base(tmp_path / "base", dtype="bfloat16")
+    honest = training.train
+
+    def leaky(model, *arguments, **keywords):
+        honest(model, *arguments, **keywords)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight.mul_(1 + 1e-4)
+
+    monkeypatch.setattr(training, "train", leaky)
+    with pytest.raises(CheckFailed, match="a base tensor changed"):
+        run_recipe(load_recipe(write_recipe(tmp_path)))
 
 
 def test_an_expansion_that_is_not_the_identity_is_stopped_before_training(tmp_path, monkeypatch):
@@ -284,11 +313,172 @@ def test_an_unfinished_run_wants_a_word_and_a_strangers_directory_is_left_alone(
     with pytest.raises(OutputError, match="is not a run"):
         run_recipe(recipe)
     (tmp_path / "run" / "thesis.txt").unlink()
-    with open_run(recipe, overwrite=False), pytest.raises(OutputError, match="another process"):
+    with open_run(recipe), pytest.raises(OutputError, match="another process"):
         run_recipe(recipe, resume=True)
     with pytest.raises(OutputError, match=r"unfinished; continue with --resume"):
         run_recipe(recipe)
     assert run_recipe(recipe, overwrite=True).steps == 6
+
+
+def test_overwrite_is_for_runs_alone(tmp_path):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    thesis = tmp_path / "run" / "model" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    with pytest.raises(OutputError, match="is not a run"):
+        run_recipe(recipe, overwrite=True)
+    assert thesis.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("base", "output"), [("base", "base/run"), ("run/model", "run")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_output_and_base_apart(tmp_path, base, output, overwrite):
+    write_base(tmp_path / base)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    recipe = write_recipe(tmp_path, base=str(tmp_path / base), output=str(tmp_path / output))
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.read_text())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match="the input"):
+        run_recipe(load_recipe(recipe), overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_kill_at_the_very_beginning_leaves_is_no_strangers(tmp_path):
+    write_base(tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.partial-0123456789ab").write_text("base: ")
+    assert run_recipe(load_recipe(write_recipe(tmp_path))).steps == 6
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_run_that_began_while_this_one_was_planned_is_not_mixed_with_it(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    other = load_recipe(tmp_path / "recipe.yaml", ["train.learning_rate=0.5"])
+    honest = run.plan_run
+
+    def slow(asked):
+        with open_run(other):
+            return honest(asked)
+
+    monkeypatch.setattr(run, "plan_run", slow)
+    with pytest.raises(OutputError, match=r"train.learning_rate: 0.5 there, 0.01 here"):
+        run_recipe(recipe)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == other
+
+
+@pytest.mark.parametrize("removed", range(5))
+def test_an_overwrite_cut_short_leaves_a_run_that_resumes_to_the_same_result(
+    tmp_path, finished, monkeypatch, removed
+):
+    root, _ = finished
+    shutil.copytree(root / "run", tmp_path / "run")
+    recipe = load_recipe(root / "recipe.yaml", [f"output={tmp_path / 'run'}"])
+    honest, left = shutil.rmtree, iter(range(removed))
+
+    def killed(directory, *arguments, **keywords):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        honest(directory, *arguments, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(directory.shutil, "rmtree", killed)
+        patch.setattr(directory, "write_file", killed)
+        run_recipe(recipe, overwrite=True)
+    with pytest.raises(OutputError, match="another recipe"):
+        run_recipe(load_recipe(root / "recipe.yaml", [f"output={tmp_path / 'run'}", "train.seed=5"]))
+    run_recipe(recipe, resume=True)
+    for file in ("blocks/blocks.safetensors", "model/model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (root / "run" / file).read_bytes()
+    assert losses(tmp_path / "run") == losses(root / "run")
+
+
+def losses(path):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss"), line.get("evaluation")) for line in lines]
+
+
+def test_what_overwrite_cannot_remove_stops_it(tmp_path, finished, monkeypatch):
+    root, _ = finished
+    shutil.copytree(root / "run", tmp_path / "run")
+    recipe = load_recipe(root / "recipe.yaml", [f"output={tmp_path / 'run'}", "train.learning_rate=0.5"])
+
+    def refused(*arguments, **keywords):
+        if not keywords.get("ignore_errors"):
+            raise PermissionError(13, "Permission denied", "step-6")
+
+    monkeypatch.setattr(directory.shutil, "rmtree", refused)
+    with pytest.raises(OutputError, match="Permission denied"):
+        run_recipe(recipe, overwrite=True)
+
+
+def stopped_after(step, recipe, monkeypatch):
+    """Run a recipe and stop it as a signal would."""
+    honest = training.train
+
+    def asked(*arguments, **keywords):
+        *rest, hooks = arguments
+        done = []
+        stop = replace(
+            hooks, log=lambda report: (done.append(report.step), hooks.log(report)), stop=lambda: step in done
+        )
+        honest(*rest, stop, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "train", asked)
+        run_recipe(recipe)
+
+
+def test_a_base_that_changed_since_the_run_was_stopped_is_refused(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    stopped_after(3, recipe, monkeypatch)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"] += 0.25
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(TrainingError, match="was made with base"):
+        run_recipe(recipe, resume=True)
+
+
+def test_how_a_run_is_carried_out_may_change_when_it_resumes(tmp_path, finished, monkeypatch):
+    root, _ = finished
+    for name in ("base", "train.jsonl", "general.jsonl", "heldout.jsonl"):
+        os.symlink(root / name, tmp_path / name)
+    recipe = write_recipe(tmp_path, merge=True)
+    stopped_after(3, load_recipe(recipe), monkeypatch)
+    changes = ["train.micro_batch=1", "train.device=cpu", f"data.cache={tmp_path}/other", "data.workers=2"]
+    run_recipe(load_recipe(recipe, changes), resume=True)
+    ours, theirs = losses(tmp_path / "run"), losses(root / "run")
+    assert [step for step, *_ in ours] == [step for step, *_ in theirs]
+    assert [loss for _, loss, _ in ours if loss] == pytest.approx([loss for _, loss, _ in theirs if loss])
+
+
+def test_a_signal_during_the_last_step_stops_before_the_rest(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    honest = training.train
+
+    def signalled(*arguments, **keywords):
+        honest(*arguments, **keywords)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="continue with --resume"):
+        patch.setattr(training, "train", signalled)
+        run_recipe(recipe)
+    assert not (tmp_path / "run" / "blocks").exists()
+    assert run_recipe(recipe, resume=True).steps == 6
+
+
+def test_a_run_the_disk_cannot_hold_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    write_base(tmp_path / "base")
+    recipe = write_recipe(tmp_path)
+    full = os.statvfs_result((4096, 4096, 100, 1, 1, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    assert main(["run", str(recipe)]) == 2
+    assert "are free on its disk" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_sigterm_saves_stops_and_resumes_to_the_same_bytes(tmp_path, finished):

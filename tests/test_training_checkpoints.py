@@ -58,6 +58,14 @@ def test_keeps_only_the_newest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-12"]
 
 
+def test_a_damaged_one_from_before_does_not_take_the_place_of_the_newest(tmp_path):
+    save(tmp_path, 2, keep=1)
+    (save(tmp_path, 6, keep=2) / "manifest.json").unlink()
+    save(tmp_path, 4, keep=1)  # training went on from step 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+    assert newest_checkpoint(tmp_path)[0].step == 4
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [

@@ -1,4 +1,6 @@
 import copy
+import os
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -226,10 +228,18 @@ def test_the_metrics_log_is_cut_back_on_resume_and_drops_a_torn_line(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": 1}\n{"step": 2, "loss": 5}\n'
 
 
-def test_the_first_signal_asks_and_the_second_acts():
-    import os
-    import signal
+@pytest.fixture
+def _signals():
+    """Python's own handlers, which a shell's background job does not have."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
+
+@pytest.mark.usefixtures("_signals")
+def test_the_first_signal_asks_and_the_second_acts():
     with stop_on_signal() as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
@@ -237,3 +247,13 @@ def test_the_first_signal_asks_and_the_second_acts():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("_signals")
+def test_a_signal_that_was_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_on_signal() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()

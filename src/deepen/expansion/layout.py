@@ -1,10 +1,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from deepen.errors import LayoutError
 
 Placement = Literal["interleaved", "suffix", "prefix"]
+
+# No model is so deep; a slip of the keyboard would fill the memory with a layout.
+_MOST_BLOCKS: Final = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -97,6 +100,8 @@ def plan_layout(
         return _layout(base_blocks, _explicit(base_blocks, after))
     if blocks is None or blocks < 1:
         raise LayoutError(f"blocks is {blocks}: at least 1 new block is needed")
+    if blocks > _MOST_BLOCKS:
+        raise LayoutError(f"blocks is {blocks}: more than {_MOST_BLOCKS} new blocks cannot be added")
     if placement == "suffix":
         return _layout(base_blocks, _grouped(base_blocks, blocks, 1))
     if placement == "prefix":

@@ -8,8 +8,9 @@ from types import FrameType
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a request: yields a function that says whether one came.
 
-    The second one acts as it would have without us, so a stuck program can still be stopped. Outside the
-    main thread, where Python allows no handlers, nothing is caught.
+    The second one acts as it would have without us, so a stuck program can still be stopped. A signal that
+    was ignored (a shell's background job ignores SIGINT) stays so. Outside the main thread, where Python
+    allows no handlers, nothing is caught.
     """
     asked: list[int] = []
     before: dict[int, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}
@@ -21,7 +22,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, ask)
     except ValueError:
         pass
     try:
