@@ -3,7 +3,7 @@
 No model knowledge, no torch.
 """
 
-from deepen.checkpoint.atomic import atomic_directory, check_free, write_file
+from deepen.checkpoint.atomic import atomic_directory, check_apart, check_free, write_file
 from deepen.checkpoint.fingerprint import (
     CHUNK,
     combine_digests,
@@ -37,6 +37,7 @@ __all__ = [
     "Tensor",
     "atomic_directory",
     "byte_count",
+    "check_apart",
     "check_free",
     "combine_digests",
     "contained",

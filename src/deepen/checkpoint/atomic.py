@@ -40,7 +40,7 @@ def atomic_directory(
         OutputError: the target exists, overlaps an input, or the disk refuses it.
     """
     target = Path(os.path.realpath(target))
-    _check_apart(target, inside)
+    check_apart(target, inside)
     check_free(target, overwrite=overwrite)
     made = _make_parents(target)
     try:
@@ -108,7 +108,13 @@ def sync_tree(directory: Path) -> None:
         _sync(Path(folder))
 
 
-def _check_apart(target: Path, inputs: tuple[Path, ...]) -> None:
+def check_apart(target: Path, inputs: tuple[Path, ...]) -> None:
+    """Refuse a target that lies inside an input or holds one.
+
+    Raises:
+        OutputError: it does.
+    """
+    target = Path(os.path.realpath(target))
     for directory in inputs:
         real = Path(os.path.realpath(directory))
         if target.is_relative_to(real):

@@ -1,12 +1,13 @@
 """The fingerprint of the base inside a live model, by the same digests as the files'."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from deepen.checkpoint import combine_digests, tensor_digest
+from deepen.checkpoint import combine_digests, tensor_digest, workers
 from deepen.errors import PackError
 from deepen.expansion.manifest import base_name
 from deepen.model.dtypes import DTYPE_NAMES, DTYPES
@@ -23,7 +24,8 @@ def base_fingerprint(
         model: the model; where it lies and in which precision does not matter, see `dtypes`.
         strength: `fast` samples large tensors, `full` reads all bytes.
         dtypes: base tensor name -> safetensors dtype of the checkpoint's file; a model held in wider
-            precision is narrowed to it. Default: the tensors' own. Only tensors named are hashed.
+            precision is narrowed to it, unless that would lose bits: then it is not what the file held.
+            Default: the tensors' own. Only tensors named are hashed.
 
     Raises:
         PackError: the model lacks a tensor of `dtypes`.
@@ -31,16 +33,25 @@ def base_fingerprint(
     base = base_tensors(model, repeated=dtypes is not None)
     if dtypes is not None and (missing := dtypes.keys() - base.keys()):
         raise PackError(f"the model lacks the base's tensor {min(missing)!r}")
-    digests = {}
-    for name in dtypes if dtypes is not None else base:
+    names = list(dtypes if dtypes is not None else base)
+
+    def digest(name: str) -> bytes:
         dtype = DTYPES[dtypes[name]] if dtypes is not None else base[name].dtype
-        tensor = base[name].detach().to("cpu", dtype).contiguous()
-        digests[name] = _digest(name, tensor, strength)
-    return combine_digests(digests, strength)
+        return _digest(name, _as_stored(base[name].detach().cpu(), dtype), strength)
+
+    with ThreadPoolExecutor(workers()) as pool:
+        return combine_digests(dict(zip(names, pool.map(digest, names), strict=True)), strength)
+
+
+def _as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the tensor in its file's precision, or as it is where that would hide that it has moved."""
+    stored = tensor.to(dtype)
+    same = (stored.to(tensor.dtype) == tensor) | (stored.isnan() & tensor.isnan())
+    return stored if same.all() else tensor
 
 
 def _digest(name: str, tensor: torch.Tensor, strength: Literal["fast", "full"]) -> bytes:
-    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return tensor_digest(
         name,
         DTYPE_NAMES[tensor.dtype],

@@ -8,13 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import yaml
 
-from deepen.checkpoint import write_file
+from deepen.checkpoint import check_apart, write_file
 from deepen.config import Recipe, dump_recipe, parse_recipe
 from deepen.errors import DeepenError, OutputError
 from deepen.records import RunResult, read_record
+
+# What may differ between a run and its continuation, on another machine for instance: it changes the result by
+# rounding at most.
+_HOW: Final = (
+    *(("data", "cache"), ("data", "workers")),
+    *(("train", "micro_batch"), ("train", "device"), ("train", "compile")),
+    *(("train", "checkpoint_every"), ("train", "keep_checkpoints")),
+)
 
 
 @dataclass(frozen=True)
@@ -67,15 +76,20 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunResult | N
     """Look at the output a recipe names, without changing it; return its result if it is this run, finished.
 
     Raises:
-        OutputError: it exists and is not this run, or is this run unfinished and `resume` was not asked for.
+        OutputError: it exists and is not this run, or is this run unfinished and `resume` was not asked for;
+            or it overlaps the base.
     """
     directory = RunDirectory(Path(recipe.output))
-    if overwrite or not directory.root.exists():
+    if os.path.isdir(recipe.base):
+        check_apart(directory.root, (Path(recipe.base),))
+    if not directory.root.exists():
         return None
     if not directory.recipe.exists():
-        if directory.root.is_dir() and not any(directory.root.iterdir()):
+        if directory.root.is_dir() and not any(_visible(directory.root)):
             return None
         raise OutputError(f"{directory.root}: exists and is not a run; choose another output")
+    if overwrite:
+        return None
     if difference := _difference(directory.recipe, recipe):
         raise OutputError(
             f"{directory.root}: holds a run of another recipe ({difference})\n"
@@ -90,11 +104,11 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunResult | N
 
 
 @contextmanager
-def open_run(recipe: Recipe, *, overwrite: bool) -> Iterator[RunDirectory]:
+def open_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunDirectory]:
     """Create or reopen the run directory and hold it against other processes.
 
     Raises:
-        OutputError: another process works in it, or it cannot be written.
+        OutputError: another process works in it, it cannot be written, or `check_run` refuses it by now.
     """
     directory = RunDirectory(Path(recipe.output))
     try:
@@ -108,22 +122,40 @@ def open_run(recipe: Recipe, *, overwrite: bool) -> Iterator[RunDirectory]:
         os.close(handle)
         raise OutputError(f"{directory.root}: another process is working in it") from None
     try:
+        # Another process may have begun or ended a run here since it was last looked at.
+        check_run(recipe, resume=resume, overwrite=overwrite)
         if overwrite:
             _clear(directory)
-        directory.evaluation.mkdir(exist_ok=True)
         write_file(directory.recipe, dump_recipe(recipe))
+        directory.evaluation.mkdir(exist_ok=True)
         yield directory
     finally:
         os.close(handle)
 
 
+def _visible(directory: Path) -> Iterator[Path]:
+    """What lies in a directory but for hidden files, such as a kill leaves of the first file of a run."""
+    return (path for path in directory.iterdir() if not path.name.startswith("."))
+
+
 def _clear(directory: RunDirectory) -> None:
-    """Remove an earlier run, what marks it finished first; nothing else that may lie there."""
-    known = ("result.json", "report.html", "README.md", "environment.json", "metrics.jsonl")
-    for name in known:
-        (directory.root / name).unlink(missing_ok=True)
-    for folder in ("checkpoints", "evaluation", "blocks", "model"):
-        shutil.rmtree(directory.root / folder, ignore_errors=True)
+    """Remove an earlier run; nothing else that may lie there.
+
+    What marks it finished goes first, then its checkpoints, and its recipe stays until the new one replaces
+    it: cut short at any point, what is left is that run, unfinished.
+
+    Raises:
+        OutputError: something cannot be removed.
+    """
+    try:
+        directory.result.unlink(missing_ok=True)
+        for folder in ("checkpoints", "evaluation", "blocks", "model"):
+            if (directory.root / folder).exists():
+                shutil.rmtree(directory.root / folder)
+        for name in ("report.html", "README.md", "environment.json", "metrics.jsonl"):
+            (directory.root / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{error.filename}: cannot be removed: {error.strerror}") from None
 
 
 def _difference(path: Path, recipe: Recipe) -> str | None:
@@ -135,6 +167,8 @@ def _difference(path: Path, recipe: Recipe) -> str | None:
     asked = recipe.model_dump(mode="json")
     for tree in (held, asked):
         del tree["output"]
+        for section, key in _HOW:
+            del tree[section][key]
     return _first_difference(held, asked, "")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from deepen.checkpoint import resolve_base
+from deepen.checkpoint import fast_fingerprint, resolve_base
 from deepen.config import Recipe, TextSet
 from deepen.data.files import find_files
 from deepen.errors import DeepenError, RecipeError
@@ -23,6 +23,7 @@ class RunPlan:
     Attributes:
         recipe: what was asked.
         base: the base as it lies on disk, and its family.
+        fingerprint: the base's, fast.
         layout: where new blocks go; None for methods that add none.
         parameters: counted from the base's headers; tied tensors once.
         windows: windows in one optimiser step.
@@ -34,6 +35,7 @@ class RunPlan:
 
     recipe: Recipe
     base: Base
+    fingerprint: str
     layout: Layout | None
     parameters: Parameters
     windows: int
@@ -46,6 +48,15 @@ class RunPlan:
     def tokens(self) -> int:
         """Tokens the run will train on: the budget rounded up to whole steps."""
         return self.steps * self.windows * self.recipe.data.sequence_length
+
+    @property
+    def bytes_needed(self) -> int:
+        """Least disk space of the run: the checkpoints kept and the one being written.
+
+        Each holds what trains and AdamW's two moments, in fp32.
+        """
+        saved = min(self.recipe.train.keep_checkpoints + 1, math.ceil(self.steps / self.checkpoint_every))
+        return saved * 12 * self.parameters.trainable
 
 
 _T = TypeVar("_T")
@@ -74,6 +85,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     return RunPlan(
         recipe=recipe,
         base=base,
+        fingerprint=fast_fingerprint(base.checkpoint),
         layout=layout,
         parameters=_count(base, layout),
         windows=windows,

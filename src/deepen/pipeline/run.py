@@ -16,6 +16,7 @@ from deepen.config import Recipe
 from deepen.data.evaluation_text import EvaluationText
 from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import build_record, nats_per_token
+from deepen.expansion import check_space
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.plan import RunPlan, plan_run
 from deepen.pipeline.reporter import Reporter, Silent
@@ -48,7 +49,9 @@ def run_recipe(
         reporter.note(f"{recipe.output}: already finished; nothing to do")
     else:
         plan = plan_run(recipe)
-        with open_run(recipe, overwrite=overwrite) as directory:
+        if not (resume or overwrite):
+            check_space(Path(recipe.output), plan.bytes_needed)
+        with open_run(recipe, resume=resume, overwrite=overwrite) as directory:
             finished = _run(plan, directory, reporter)
     _describe(Path(recipe.output))
     return finished
@@ -80,7 +83,7 @@ def _run(plan: RunPlan, directory: RunDirectory, reporter: Reporter) -> RunResul
 
     reporter.stage("loading the base")
     model, autocast = load_base(plan)
-    base_losses = _base_losses(directory, model, texts, autocast, reporter)
+    base_losses = _base_losses(plan, directory, model, texts, autocast, reporter)
     reporter.stage("proving identity" if plan.layout else "preparing")
     trainee = prepare_trainee(plan, model, autocast)
     base_loss = nats_per_token(texts, base_losses)
@@ -127,6 +130,7 @@ def _record(
 
 
 def _base_losses(
+    plan: RunPlan,
     directory: RunDirectory,
     model: PreTrainedModel,
     texts: Sequence[EvaluationText],
@@ -134,14 +138,14 @@ def _base_losses(
     reporter: Reporter,
 ) -> Losses:
     """Score the base once; a resumed run reads what it found."""
-    digests = {text.task: text.digest for text in texts}
+    scored = {"base": plan.fingerprint, "texts": {text.task: text.digest for text in texts}}
     if directory.base_losses.exists():
         held = json.loads(directory.base_losses.read_text())
-        if held["texts"] == digests:
+        if held.items() >= scored.items():
             return {task: np.asarray(values, dtype=np.float64) for task, values in held["nats"].items()}
     reporter.stage("evaluating the base")
     losses = evaluate_texts(model, texts, autocast=autocast, progress=reporter.progress)
-    content = {"texts": digests, "nats": {task: values.tolist() for task, values in losses.items()}}
+    content = scored | {"nats": {task: values.tolist() for task, values in losses.items()}}
     write_file(directory.base_losses, json.dumps(content) + "\n")
     return losses
 

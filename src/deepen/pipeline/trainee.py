@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepen.checkpoint import Checkpoint, fast_fingerprint, full_fingerprint
+from deepen.checkpoint import Checkpoint, full_fingerprint
 from deepen.errors import CheckFailed, TrainingError
 from deepen.expansion import Fingerprint
 from deepen.methods import METHODS, Method
@@ -68,7 +68,7 @@ def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype
     method = METHODS[plan.recipe.train.method]
     before = _probe(model, autocast) if plan.layout else None
     if plan.layout:
-        fingerprint = Fingerprint(fast=fast_fingerprint(plan.base.checkpoint))
+        fingerprint = Fingerprint(fast=plan.fingerprint)
         insert_blocks(model, plan.layout, base=plan.recipe.base, fingerprint=fingerprint)
     parameters = method.prepare(model)
     identity = _prove_identity(plan, before, _probe(model, autocast)) if before else None

@@ -1,12 +1,14 @@
 """Training with everything a run puts round it: metrics, evaluation, checkpoints, resume, signals."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from deepen.data.batches import Mixture
 from deepen.data.evaluation_text import EvaluationText
+from deepen.errors import Interrupted
 from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import nats_per_token
 from deepen.pipeline.directory import RunDirectory
@@ -47,10 +49,16 @@ def train_to_the_end(
     section = plan.recipe.train
     torch.manual_seed(section.seed)
     optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
-    shared = {"data": mixture.digest, "steps": plan.steps, "windows": plan.windows}
+    shared = {
+        "base": plan.fingerprint,
+        "data": mixture.digest,
+        "steps": plan.steps,
+        "windows": plan.windows,
+    }
     first = _restore(plan, trainee, optimizer, shared, directory, reporter)
     reporter.stage("training")
-    log = _Log(plan, MetricsLog(directory.metrics, resume_after=first or -1), reporter)
+    metrics = MetricsLog(directory.metrics, resume_after=first or -1)
+    log = _Log(plan, metrics, reporter)
     if not first:
         log.evaluation(0, base_loss)
 
@@ -59,6 +67,7 @@ def train_to_the_end(
         log.evaluation(step, nats_per_token(texts, losses))
 
     def save(step: int) -> None:
+        metrics.sync()
         save_checkpoint(
             directory.checkpoints,
             step,
@@ -68,7 +77,7 @@ def train_to_the_end(
             keep=section.keep_checkpoints,
         )
 
-    with stop_on_signal() as asked:
+    with closing(metrics), stop_on_signal() as asked:
         train(
             trainee.model,
             trainee.parameters,
@@ -78,7 +87,9 @@ def train_to_the_end(
             Hooks(log=log.step, evaluate=evaluate, save=save, stop=asked),
             first_step=first,
         )
-    return log.close()
+        if asked():
+            raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
+    return log.seconds
 
 
 def _restore(
@@ -125,14 +136,14 @@ class _Log:
         self._sources = [source.label for source in plan.recipe.data.sources]
         self._step_tokens = plan.windows * plan.recipe.data.sequence_length
         steps = [line for line in metrics.kept if "loss" in line]
-        self._seconds: float = steps[-1]["seconds"] if steps else 0.0
+        self.seconds: float = steps[-1]["seconds"] if steps else 0.0
         self._source_tokens: dict[str, int] = (
             steps[-1]["source_tokens"] if steps else dict.fromkeys(self._sources, 0)
         )
 
     def step(self, report: StepReport) -> None:
         rate = self._step_tokens / report.seconds
-        self._seconds += report.seconds
+        self.seconds += report.seconds
         for source, windows in report.sources.items():
             self._source_tokens[self._sources[source]] += windows * self._plan.recipe.data.sequence_length
         self._metrics.write(
@@ -143,7 +154,7 @@ class _Log:
                 "learning_rate": report.learning_rate,
                 "gradient_norm": report.gradient_norm,
                 "tokens_per_second": round(rate, 1),
-                "seconds": round(self._seconds, 3),
+                "seconds": round(self.seconds, 3),
                 "source_tokens": self._source_tokens,
             }
         )
@@ -155,7 +166,3 @@ class _Log:
         shown = "  ".join(f"{task} {value:.4f}" for task, value in nats.items())
         if shown:
             self._reporter.note(f"step {step}: {shown}")
-
-    def close(self) -> float:
-        self._metrics.close()
-        return self._seconds

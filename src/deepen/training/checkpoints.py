@@ -42,7 +42,9 @@ def save_checkpoint(
     identity: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `root/step-N` and remove all but the newest `keep`.
+    """Write `root/step-N` and keep it and those before it, `keep` in all.
+
+    Later ones are of no use: a run goes on from an earlier step only where they are damaged.
 
     Args:
         root: the run's `checkpoints` directory.
@@ -66,8 +68,11 @@ def save_checkpoint(
             "files": {file.name: _description(file) for file in sorted(staged.iterdir())},
         }
         write_file(staged / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    for old in _by_step(root)[keep:]:
-        shutil.rmtree(old.directory)
+    found = _by_step(root)
+    kept = [saved for saved in found if saved.step <= step][:keep]
+    for saved in found:
+        if saved not in kept:
+            shutil.rmtree(saved.directory)
     return target
 
 

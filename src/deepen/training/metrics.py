@@ -3,6 +3,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from deepen.checkpoint import write_file
+from deepen.errors import OutputError
+
 
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, appended and flushed, cut back on resume.
@@ -16,16 +19,24 @@ class MetricsLog:
     def __init__(self, path: Path, *, resume_after: int = -1) -> None:
         """Open the log, keeping only the lines of steps up to `resume_after`."""
         self.kept = [line for line in _complete_lines(path) if line["step"] <= resume_after]
-        # The log is no proof and holds nothing that cannot be computed again: no fsync a line.
-        staged = path.with_name(path.name + ".partial")
-        staged.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
-        os.replace(staged, path)
+        write_file(path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._file = path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append one line.
+
+        Raises:
+            OutputError: the disk refuses it.
+        """
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self._file.name}: cannot be written: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Put on the disk what was written: lines up to a checkpoint cannot be computed again after it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -13,7 +13,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     allows no handlers, nothing is caught.
     """
     asked: list[int] = []
-    before: dict[int, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}
+    before: dict[int, Callable[[int, FrameType | None], object] | int] = {}
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)
@@ -23,7 +23,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, ask)
+                # None: a handler that was not installed from Python, and cannot be put back from it.
+                before[number] = signal.signal(number, ask) or signal.SIG_DFL
     except ValueError:
         pass
     try:
