@@ -45,6 +45,18 @@ def test_the_embedded_base_is_a_small_llama_with_its_training_record():
     assert Checkpoint.open(demo.BASE).config["tie_word_embeddings"]
 
 
+def test_what_the_demo_says_of_its_rates_is_what_the_study_recorded():
+    record = Path(__file__).parents[1] / "studies" / "demo_rates" / "record.json"
+    losses = json.loads(record.read_text())["losses"]
+    recipes = demo.demo_recipes(Path("out"))
+    for row in ("full", "blocks"):
+        rates = {name: loss["tuning"] for name, loss in losses.items() if name.rpartition("-")[0] == row}
+        assert min(rates, key=rates.get) == f"{row}-{recipes[row].train.learning_rate:g}"
+    lower, blocks = losses["full-0.001"], losses[f"blocks-{recipes['blocks'].train.learning_rate:g}"]
+    assert lower["docstrings"] == pytest.approx(blocks["docstrings"], abs=0.005)
+    assert lower["tuning"] < blocks["tuning"]
+
+
 def test_no_module_is_on_both_sides(texts):
     trained = {record["module"] for record in records(texts / "domain.jsonl")}
     general = {record["module"] for record in records(texts / "general-heldout.jsonl")}

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deepen
 from deepen.cli import main
-from deepen.config import load_recipe
+from deepen.cli.output import human_count
+from deepen.config import load_recipe, parse_recipe
 from deepen.errors import CheckFailed, Interrupted, OutputError, RecipeError, TrainingError
 from deepen.expansion import verify_bytes
 from deepen.pipeline import directory, run, trainee, training
@@ -186,9 +187,18 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     assert main(["run", str(recipe), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "■ □1 ■■ □4" in out
-    assert "768 in 6 steps of 4 windows × 32 tokens" in out
+    printed, facts = out.split("\nlayout", 1)
+    assert parse_recipe(printed, where="stdout") == load_recipe(recipe)
+    assert "■ □1 ■■ □4" in facts
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    new = human_count(2 * count(model.model.layers[0]))
+    assert f"{human_count(count(model))} base + {new} new; {new} train" in facts
+    assert "768 in 6 steps of 4 windows × 32 tokens" in facts
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("method", ["blocks", "full"])
@@ -201,6 +211,21 @@ def test_bf16_compute_is_proved_and_audited_too(tmp_path, method):
         assert result.identity.checks == ["bfloat16, uncached", "bfloat16, cached"]
         assert result.audit.unchanged
     assert value(record_of(tmp_path), "heldout") < value(record_of(tmp_path), "heldout", "base_value")
+
+
+def test_code_in_a_base_is_neither_run_nor_passed_on(tmp_path):
+    base = write_base(tmp_path / "base")
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    for name, keys in {
+        "config.json": ["AutoConfig", "AutoModelForCausalLM"],
+        "tokenizer_config.json": ["AutoTokenizer"],
+    }.items():
+        content = json.loads((base / name).read_text())
+        where = ["evil.Evil", None] if name.startswith("tok") else "evil.Evil"
+        (base / name).write_text(json.dumps(content | {"auto_map": dict.fromkeys(keys, where)}))
+    run_recipe(load_recipe(write_recipe(tmp_path, merge=True)))
+    assert not (tmp_path / "ran").exists()
+    assert not list((tmp_path / "run").rglob("*.py"))
 
 
 def test_heldout_documents_of_a_source_are_evaluated(tmp_path):
@@ -305,6 +330,13 @@ def test_an_empty_corpus_is_refused(tmp_path, capsys):
     assert "train.jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("evaluate", [{}, {"evaluate": None}])
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, capsys, evaluate):
+    write_base(tmp_path / "base", vocab_size=100)
+    assert main(["run", str(write_recipe(tmp_path, **evaluate))]) == 2
+    assert "the model has 100 embeddings; its tokenizer is another model's" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_wants_a_word_and_a_strangers_directory_is_left_alone(tmp_path):
     write_base(tmp_path / "base")
     recipe = load_recipe(write_recipe(tmp_path))
@@ -385,10 +417,11 @@ def test_an_overwrite_cut_short_leaves_a_run_that_resumes_to_the_same_result(
     def write(*arguments):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", remove)
         patch.setattr(directory, "write_file", write)
-        run_recipe(recipe, overwrite=True)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, overwrite=True)
     with pytest.raises(OutputError, match="another recipe"):
         run_recipe(load_recipe(root / "recipe.yaml", [f"output={tmp_path / 'run'}", "train.seed=5"]))
     run_recipe(recipe, resume=True)
@@ -428,9 +461,10 @@ def stopped_after(step, recipe, monkeypatch):
         )
         honest(*rest, stop, **keywords)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(training, "train", asked)
-        run_recipe(recipe)
+        with pytest.raises(Interrupted):
+            run_recipe(recipe)
 
 
 def test_a_base_that_changed_since_the_run_was_stopped_is_refused(tmp_path, monkeypatch):
@@ -467,9 +501,10 @@ def test_a_signal_during_the_last_step_stops_before_the_rest(tmp_path, monkeypat
         honest(*arguments, **keywords)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="continue with --resume"):
+    with monkeypatch.context() as patch:
         patch.setattr(training, "train", signalled)
-        run_recipe(recipe)
+        with pytest.raises(Interrupted, match="continue with --resume"):
+            run_recipe(recipe)
     assert not (tmp_path / "run" / "blocks").exists()
     assert run_recipe(recipe, resume=True).steps == 6
 

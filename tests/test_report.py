@@ -11,8 +11,27 @@ from run_directory import PROVENANCE, RECIPE, items, text, write_run
 
 from deepen.errors import DataError, OutputError, RecipeError
 from deepen.evaluation import compare_runs
-from deepen.records import AuditResult, EvaluationRecord, IdentityResult, Metric, RunResult, read_record
-from deepen.report import read_run, render_table, write_card, write_comparison_page, write_report
+from deepen.records import (
+    AuditResult,
+    Cell,
+    Column,
+    Comparison,
+    Difference,
+    EvaluationRecord,
+    IdentityResult,
+    Metric,
+    Row,
+    RunResult,
+    read_record,
+)
+from deepen.report import (
+    describe_differences,
+    read_run,
+    render_table,
+    write_card,
+    write_comparison_page,
+    write_report,
+)
 from deepen.report.layout import draw_tower
 from deepen.report.wording import change, count, duration, loss, verdict
 
@@ -334,6 +353,31 @@ def test_the_terminal_table(comparison):
 
 def test_labels_are_not_markup_in_the_terminal(run):
     assert "[red]x[/red]" in printed(render_table(compare_runs([run], ["[red]x[/red]"])))
+
+
+def test_runs_are_told_apart_in_words_only_where_their_interval_does():
+    def cell(delta, low, high):
+        return Cell(value=2.0, from_first=Difference(delta=delta, ci_low=low, ci_high=high))
+
+    def row(label, *cells):
+        return Row(label=label, cells=list(cells))
+
+    names = (("prose", "general"), ("code", "domain"))
+    columns = [Column(name=name, role=role, pooled=True, n=9, tokens=9) for name, role in names]
+    plain = Cell(value=2.0)
+    rows = [
+        row("base", plain, plain),
+        row("full", plain, plain),
+        row("blocks", cell(-0.2, -0.25, -0.15), cell(0.01, -0.01, 0.03)),
+        row("few", cell(0.1, None, None), cell(0.05, 0.04, 0.06)),
+    ]
+    said = describe_differences(Comparison(metric="nats_per_token", base="b", columns=columns, rows=rows))
+    assert said == [
+        "blocks against full: general loss 0.200 lower (−0.250 to −0.150); "
+        "domain loss not distinguishable (−0.010 to +0.030)",
+        "few against full: general loss not distinguishable (too few items for an interval); "
+        "domain loss 0.050 higher (+0.040 to +0.060)",
+    ]
 
 
 # Words

@@ -27,7 +27,7 @@ def report_comparison(
 ) -> None:
     """Print a comparison, and write its page where one is asked for."""
     from deepen.evaluation import compare_runs
-    from deepen.report import render_table, write_comparison_page
+    from deepen.report import describe_differences, render_table, write_comparison_page
 
     comparison = compare_runs(runs, labels)
     if html is not None:
@@ -38,3 +38,5 @@ def report_comparison(
     from rich.console import Console
 
     Console().print(render_table(comparison))
+    for sentence in describe_differences(comparison):
+        print(sentence)

@@ -57,19 +57,10 @@ class Mixture:
         return sum(self.counts)
 
     @property
-    def tokens_per_epoch(self) -> int:
-        """Predicted tokens after which the mixture begins again."""
-        return self.windows_per_epoch * self.sequence_length
-
-    @property
     def digest(self) -> str:
         """Hash of all that decides the batches: corpora, weights, sequence length and seed."""
         corpora = [corpus.digest for corpus in self._corpora]
         return digest_of([corpora, self._weights, self.sequence_length, self.seed])
-
-    def shares(self) -> tuple[float, ...]:
-        """Return the share of each corpus in the windows of an epoch."""
-        return tuple(count / self.windows_per_epoch for count in self.counts)
 
     def batch(self, step: int, windows: int) -> Batch:
         """Return the `windows` windows of step `step`, which are those of any process and any earlier run."""

@@ -66,7 +66,7 @@ def _recipe(name: str, shared: dict[str, Any], own: dict[str, Any], out: Path) -
         "evaluate": shared["evaluate"]
         | {
             "general": [{"name": "docstrings", "path": str(text / "general-heldout.jsonl")}],
-            "domain": [{"name": "python-code-heldout", "path": str(text / "domain-heldout.jsonl")}],
+            "domain": [{"name": "python-code", "path": str(text / "domain-heldout.jsonl")}],
         },
     }
     if "expand" in own:

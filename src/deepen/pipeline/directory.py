@@ -17,8 +17,8 @@ from deepen.config import Recipe, dump_recipe, parse_recipe
 from deepen.errors import DeepenError, OutputError
 from deepen.records import RunResult, read_record
 
-# What may differ between a run and its continuation, on another machine for instance: it changes the result by
-# rounding at most.
+# What may differ between a run and its continuation, on another machine for instance: it changes the result
+# by rounding at most.
 _HOW: Final = (
     *(("data", "cache"), ("data", "workers")),
     *(("train", "micro_batch"), ("train", "device"), ("train", "compile")),

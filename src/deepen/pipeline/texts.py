@@ -7,7 +7,7 @@ from deepen.data.batches import Mixture
 from deepen.data.corpus import Corpus, prepare_corpus
 from deepen.data.documents import read_documents
 from deepen.data.evaluation_text import EvaluationText, load_evaluation_text
-from deepen.errors import CheckpointError, DataError
+from deepen.errors import CheckpointError
 from deepen.pipeline.plan import RunPlan, heldout_name
 from deepen.pipeline.reporter import Reporter
 
@@ -59,7 +59,7 @@ def load_evaluation(
     """
 
     def load(name: str, role: Literal["general", "domain"], documents: Iterator[str]) -> EvaluationText:
-        text = load_evaluation_text(
+        return load_evaluation_text(
             documents,
             tokenizer,
             task=name,
@@ -67,9 +67,6 @@ def load_evaluation(
             sequence_length=recipe.data.sequence_length,
             max_tokens=recipe.evaluate.max_tokens,
         )
-        if not text.windows:
-            raise DataError(f"evaluate: {name} holds no text to predict")
-        return text
 
     def read(text: TextSet) -> Iterator[str]:
         return read_documents(text, cache=cache / "hub")

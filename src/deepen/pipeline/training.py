@@ -1,14 +1,14 @@
 """Training with everything a run puts round it: metrics, evaluation, checkpoints, resume, signals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import torch
 
-from deepen.data.batches import Mixture
+from deepen.data.batches import Batch, Mixture
 from deepen.data.evaluation_text import EvaluationText
-from deepen.errors import Interrupted
+from deepen.errors import DataError, Interrupted
 from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import nats_per_token
 from deepen.pipeline.directory import RunDirectory
@@ -44,17 +44,13 @@ def train_to_the_end(
 
     Raises:
         TrainingError: the loss is not finite, or a checkpoint is another run's.
+        DataError: the tokenizer is another model's.
         Interrupted: a signal came; a checkpoint was saved.
     """
     section = plan.recipe.train
     torch.manual_seed(section.seed)
     optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
-    shared = {
-        "base": plan.fingerprint,
-        "data": mixture.digest,
-        "steps": plan.steps,
-        "windows": plan.windows,
-    }
+    shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, reporter)
     reporter.stage("training")
     metrics = MetricsLog(directory.metrics, resume_after=first or -1)
@@ -78,18 +74,38 @@ def train_to_the_end(
         )
 
     with closing(metrics), stop_on_signal() as asked:
-        train(
-            trainee.model,
-            trainee.parameters,
-            optimizer,
-            mixture.batch,
-            _settings(plan, trainee),
-            Hooks(log=log.step, evaluate=evaluate, save=save, stop=asked),
-            first_step=first,
-        )
+        batches, settings = _known(trainee, mixture), _settings(plan, trainee)
+        hooks = Hooks(log=log.step, evaluate=evaluate, save=save, stop=asked)
+        train(trainee.model, trainee.parameters, optimizer, batches, settings, hooks, first_step=first)
         if asked():
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
     return log.seconds
+
+
+def _identity(plan: RunPlan, mixture: Mixture) -> dict[str, Any]:
+    """What a checkpoint and the run that goes on from it must share."""
+    return {
+        "base": plan.fingerprint,
+        "data": mixture.digest,
+        "steps": plan.steps,
+        "windows": plan.windows,
+    }
+
+
+def _known(trainee: Trainee, mixture: Mixture) -> Callable[[int, int], Batch]:
+    """Return the mixture's batches, in which every token has an embedding."""
+    embeddings = int(trainee.model.get_input_embeddings().weight.shape[0])
+
+    def batch_at(step: int, windows: int) -> Batch:
+        batch = mixture.batch(step, windows)
+        if (largest := int(batch.tokens.max())) >= embeddings:
+            raise DataError(
+                f"data: token id {largest} but the model has {embeddings} embeddings; "
+                "its tokenizer is another model's"
+            )
+        return batch
+
+    return batch_at
 
 
 def _restore(

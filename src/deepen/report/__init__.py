@@ -1,8 +1,16 @@
 """Pages for people, made from the records of a run and nothing else."""
 
 from deepen.report.card import write_card
-from deepen.report.comparison import render_table, write_comparison_page
+from deepen.report.comparison import describe_differences, render_table, write_comparison_page
 from deepen.report.page import write_report
 from deepen.report.read import RunReport, read_run
 
-__all__ = ["RunReport", "read_run", "render_table", "write_card", "write_comparison_page", "write_report"]
+__all__ = [
+    "RunReport",
+    "describe_differences",
+    "read_run",
+    "render_table",
+    "write_card",
+    "write_comparison_page",
+    "write_report",
+]

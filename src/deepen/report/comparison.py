@@ -51,6 +51,34 @@ def render_table(comparison: Comparison) -> Table:
     return table
 
 
+def describe_differences(comparison: Comparison) -> list[str]:
+    """Say of each run after the first how it differs from the first, as a whole for each role.
+
+    What an interval cannot tell apart is called so.
+    """
+    first = comparison.rows[1].label
+    return [
+        f"{row.label} against {first}: "
+        + "; ".join(
+            f"{column.role} loss {_against(cell.from_first)}"
+            for column, cell in zip(comparison.columns, row.cells, strict=True)
+            if column.pooled
+        )
+        for row in comparison.rows[2:]
+    ]
+
+
+def _against(difference: Difference | None) -> str:
+    if difference is None:
+        return "not compared"
+    low, high = difference.ci_low, difference.ci_high
+    ends = f"({interval(low, high)})"
+    if low is None or high is None or low <= 0 <= high:
+        return f"not distinguishable {ends}"
+    size = change(abs(difference.delta)).removeprefix("+")
+    return f"{size} {'lower' if difference.delta < 0 else 'higher'} {ends}"
+
+
 def _texts(cell: Cell) -> tuple[Text, Text]:
     return Text(loss(cell.value)), Text(_difference(cell.from_base))
 
