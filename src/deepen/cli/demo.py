@@ -9,10 +9,10 @@ from deepen.cli.output import human_bytes
 app = new_app()
 
 _NEXT = """
-Each row is trained at the rate with its best domain loss on one grid (studies/demo_rates/record.json). Said plainly:
-on that grid full fine-tuning at a lower rate, 1e-3, forgets as much as new blocks do here and learns a little more.
-At this size new blocks are not the better trade-off. What they give at any size is the base's bytes untouched, a pack
-of {pack} that comes off again, and several such packs on one base.
+Each row is trained at the rate with its best domain loss on one grid (studies/demo_rates/record.json).
+Said plainly: on that grid full fine-tuning at a lower rate, 1e-3, forgets as much as new blocks do here and
+learns a little more. At this size new blocks are not the better trade-off. What they give at any size is the
+base's bytes untouched, and a pack of {pack} that comes off again, as do others on the same base.
 
 What to try next:
   your own text      copy {out}/blocks/recipe.yaml, change base, output and the paths, then: deepen run
