@@ -1,11 +1,13 @@
-"""Write the pages that say what the code says: recipe.md, cli.md and families.md.
+"""Write the pages that say what the code says, recipe.md, cli.md and families.md, and the README's results.
 
     python docs/generate.py
 
 Their words stand in the code: the docstrings under a recipe's fields, the help of a command, a family's file.
+The results stand in the records of studies/records.
 `tests/test_docs.py` fails where a page is not what this script would write.
 """
 
+import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,9 @@ from deepen.config.recipe import Recipe
 from deepen.families import Family, load_families
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+RECORDS = ROOT / "studies" / "records"
+_BEGIN, _END = "<!-- results, by docs/generate.py -->\n\n", "<!-- end of results -->\n"
 _NOTE = "<!-- Written by docs/generate.py from {source}; do not edit. -->\n\n"
 
 
@@ -31,6 +36,12 @@ def pages() -> dict[str, str]:
         "cli.md": _NOTE.format(source="src/deepen/cli/") + cli_page(),
         "families.md": _NOTE.format(source="src/deepen/families/*.toml") + families_page(),
     }
+
+
+def readme() -> str:
+    """Return the README with its results as they stand in the records."""
+    before, _, rest = (ROOT / "README.md").read_text().partition(_BEGIN)
+    return before + _BEGIN + results() + _END + rest.partition(_END)[2]
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -60,6 +71,47 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
         "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
         + "\n"
     )
+
+
+# --- the README's results
+
+
+_STUDIES = {
+    "demo": "The embedded base (1.35 M parameters, trained on docstrings) learns Python code: `make demo`.",
+    "stories260k-gsm8k": "A real pretrained Llama (stories260k, TinyStories) learns GSM8K word problems: "
+    "`examples/stories260k-gsm8k.yaml` and its control.",
+}
+
+
+def results() -> str:
+    """Return a table a record: held-out loss on general and domain text, base and runs."""
+    return "".join(
+        f"{title}\n\n{_results_table(json.loads((RECORDS / name).with_suffix('.json').read_text()))}"
+        for name, title in _STUDIES.items()
+    )
+
+
+def _results_table(record: dict[str, Any]) -> str:
+    comparison = record["comparison"]
+    columns = comparison["columns"]
+    kept = {"general": "to be kept", "domain": "to be learned"}
+    head = ["", *(f"{column['name']}, {kept[column['role']]}" for column in columns), "trained", "tokens"]
+    rows = []
+    for row in comparison["rows"]:
+        trained = f"{row['trainable'] / 1e6:.2f} M" if row["trainable"] else ""
+        tokens = f"{row['tokens'] / 1e6:.2f} M" if row["tokens"] else ""
+        rows.append([row["label"], *map(_result, row["cells"]), trained, tokens])
+    run = next(iter(record["runs"].values()))
+    hardware, packages = run["provenance"]["hardware"], run["provenance"]["packages"]
+    where = f"{hardware['processor']}, {hardware['cores']} cores; torch {packages['torch']}"
+    return _table(head, rows) + f"<sub>{where}; record: studies/records.</sub>\n\n"
+
+
+def _result(cell: dict[str, Any]) -> str:
+    change = cell["from_base"]
+    if change is None:
+        return f"{cell['value']:.3f}"
+    return f"{cell['value']:.3f} ({change['ci_low']:+.3f} to {change['ci_high']:+.3f})"
 
 
 # --- cli.md
@@ -305,3 +357,4 @@ def _names(names: tuple[str, ...]) -> str:
 if __name__ == "__main__":
     for page, content in pages().items():
         (DOCS / page).write_text(content)
+    (ROOT / "README.md").write_text(readme())

@@ -1,6 +1,6 @@
 """Gather finished runs of one base into one committed record: figures, proofs, recipes, provenance.
 
-    python studies/record.py OUT.json RUN [RUN ...]
+    python studies/record.py OUT.json LABEL=RUN [LABEL=RUN ...]
 
 Item-level losses stay in the runs; what is kept here is what a README may quote.
 """
@@ -14,13 +14,16 @@ from deepen.config import dump_recipe, load_recipe
 from deepen.evaluation import compare_runs
 from deepen.records import EvaluationRecord, Provenance, RunResult, read_record
 
+ROOT = Path(__file__).resolve().parents[1]
 
-def main(out: Path, runs: list[Path]) -> None:
+
+def main(out: Path, runs: dict[str, Path]) -> None:
     record = {
-        "comparison": compare_runs(runs).model_dump(mode="json"),
-        "runs": {run.name: describe(run) for run in runs},
+        "comparison": compare_runs(list(runs.values()), list(runs)).model_dump(mode="json"),
+        "runs": {label: describe(run) for label, run in runs.items()},
     }
-    write_file(out, json.dumps(record, indent=1) + "\n")
+    # Paths of the machine it was made on say nothing to others.
+    write_file(out, (json.dumps(record, indent=1) + "\n").replace(f"{ROOT}/", ""))
 
 
 def describe(run: Path) -> dict[str, object]:
@@ -34,4 +37,5 @@ def describe(run: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(run) for run in sys.argv[2:]])
+    pairs = (argument.partition("=") for argument in sys.argv[2:])
+    main(Path(sys.argv[1]), {label: Path(run) for label, _, run in pairs})

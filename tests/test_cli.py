@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -34,6 +35,16 @@ def test_help_lists_every_command(capsys):
     assert all(re.search(rf"^  {command} +\w", said, re.M) for command in COMMANDS)
     assert main([]) == 0
     assert capsys.readouterr().out == said
+
+
+def test_the_list_of_commands_is_not_cut_short(capsys):
+    assert main(["--help"]) == 0
+    assert "..." not in capsys.readouterr().out.split("Commands:")[1]
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"deepen {version('deepen')}\n"
 
 
 def test_help_imports_nothing_heavy():
@@ -71,6 +82,14 @@ def test_help_answers_at_once():
         (["expand", "a", "b", "--colour"], "--colour"),
         (["expand", "a", "b", "--after", "1,x"], "not a list of block numbers"),
         (["expand", "a", "b", "--blocks", "1", "--shard-size", "5 quarts"], "not a size"),
+        (["expand", "a", "b", "--after", ""], "'--after'"),
+        (["verify", ".", "/no/such"], "cannot be read: No such file"),
+        (["blocks", "inspect", "/no/such"], "/no/such: no such directory; give an expanded checkpoint or a"),
+        (["blocks", "inspect", __file__], "is not a directory"),
+        (["compare", "/no/such"], "/no/such: no such directory; give the directory of a finished run"),
+        (["compare", "."], "holds no finished run (no result.json); finish it with deepen run"),
+        (["report", "/no/such"], "/no/such: no such directory"),
+        (["run", "/no/such.yaml"], "cannot be read (No such file or directory); give a recipe"),
         (["expand", "/no/such", "b", "--blocks", "1"], "no such directory"),
     ],
 )

@@ -145,6 +145,11 @@ def test_examples_are_valid(path):
     load_recipe(path)
 
 
+def test_the_readme_quotes_the_records():
+    readme = (ROOT / "README.md").read_text()
+    assert load_generate().readme() == readme, "README.md: run python docs/generate.py"
+
+
 def test_generated_pages_are_up_to_date():
     for name, content in load_generate().pages().items():
         assert (DOCS / name).read_text() == content, f"docs/{name}: run python docs/generate.py"

@@ -48,7 +48,7 @@ def test_copies_are_of_the_top_of_the_group():
     ("how", "words"),
     [
         ({"blocks": 0}, "at least 1"),
-        ({"blocks": None}, "at least 1"),
+        ({}, "neither blocks nor after is given"),
         ({"blocks": -1}, "at least 1"),
         ({"blocks": 10**9}, "more than 10000"),
         ({"after": []}, "after is empty"),

@@ -18,7 +18,7 @@ import deepen
 from deepen.cli import main
 from deepen.cli.output import human_count
 from deepen.config import load_recipe, parse_recipe
-from deepen.errors import CheckFailed, Interrupted, OutputError, RecipeError, TrainingError
+from deepen.errors import CheckFailed, DataError, Interrupted, OutputError, RecipeError, TrainingError
 from deepen.expansion import verify_bytes
 from deepen.pipeline import directory, run, trainee, training
 from deepen.pipeline.directory import open_run
@@ -319,7 +319,7 @@ def test_bad_input_is_two_lines_and_exit_code_2(tmp_path, capsys, change, words)
     said = [line for line in capsys.readouterr().err.splitlines() if "error" in line or words in line]
     assert 1 <= len(said) <= 2
     assert words in said[0]
-    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_corpus_is_refused(tmp_path, capsys):
@@ -328,6 +328,32 @@ def test_an_empty_corpus_is_refused(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text("")
     assert main(["run", str(recipe)]) == 2
     assert "train.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_shows_before_training_and_can_be_mended(tmp_path):
+    write_base(tmp_path / "base")
+    wrong = load_recipe(write_recipe(tmp_path), ["data.sources.0.field=nowhere"])
+    with pytest.raises(DataError):
+        run_recipe(wrong)
+    assert not (tmp_path / "run").exists()
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    with open_run(recipe):
+        pass
+    with pytest.raises(DataError), open_run(recipe, resume=True):
+        raise DataError("what an earlier process began is not this one's to remove")
+    assert (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_a_finished_run_is_answered_without_torch(finished):
+    root, _ = finished
+    code = "import sys; from deepen.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(root / "recipe.yaml")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "nothing to do" in done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("evaluate", [{}, {"evaluate": None}])

@@ -26,6 +26,7 @@ from deepen.records import (
 )
 from deepen.report import (
     describe_differences,
+    print_table,
     read_run,
     render_table,
     write_card,
@@ -334,8 +335,8 @@ def test_one_role_alone_has_no_plane(tmp_path):
     assert parse(path).all("svg") == []
 
 
-def printed(table):
-    console = Console(width=140, file=io.StringIO())
+def printed(table, width=140):
+    console = Console(width=width, file=io.StringIO())
     console.print(table)
     return console.file.getvalue()
 
@@ -349,6 +350,27 @@ def test_the_terminal_table(comparison):
         for cell in row.cells:
             assert loss(cell.value) in line
             assert cell.from_base is None or change(cell.from_base.delta) in line
+
+
+def test_where_a_row_a_run_does_not_fit_there_is_one_a_text_and_run(comparison):
+    def shown(width):
+        console = Console(width=width, file=io.StringIO())
+        print_table(comparison, console)
+        return console.file.getvalue()
+
+    assert shown(300).split() == printed(render_table(comparison), 300).split()
+    narrow = shown(80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    lines = iter(narrow.splitlines())
+    for place, column in enumerate(comparison.columns):
+        for row in comparison.rows:
+            cell = row.cells[place]
+            line = next(line for line in lines if row.label in line and loss(cell.value) in line)
+            if cell.from_base:
+                assert change(cell.from_base.delta) in line
+                assert change(cell.from_base.ci_high) in line
+            else:
+                assert column.name in line
 
 
 def test_labels_are_not_markup_in_the_terminal(run):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -77,6 +78,19 @@ def test_one_element(pair, name, index, base_only_sees):
     )
     assert answer.max_abs_difference == abs(after - before).item()
     assert verify_bytes(*pair, base_only=True).identical is not base_only_sees
+
+
+def test_the_last_bit_is_told_apart_in_words(tiny_llama, tmp_path):
+    base = tiny_llama(dtype="float32")
+    expand_checkpoint(base, tmp_path / "one", blocks=1)
+
+    def raise_a_bit(tensors):
+        tensors["model.norm.weight"].view(torch.int32)[3] += 1
+
+    edit(tmp_path / "one", raise_a_bit)
+    said = verify_bytes(base, tmp_path / "one").first_difference
+    was, should = re.fullmatch(r".* element 3: (\S+), should be the base's (\S+)", said).groups()
+    assert was != should
 
 
 def test_a_sign_of_zero(pair):

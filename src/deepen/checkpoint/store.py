@@ -41,7 +41,8 @@ class Checkpoint:
         """
         directory = Path(directory)
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such directory")
+            found = "is not a directory" if directory.exists() else "no such directory"
+            raise CheckpointError(f"{directory}: {found}; give a checkpoint's directory")
         config = read_config(directory)
         if (directory / SINGLE).exists() or (directory / SINGLE).is_symlink():
             shard = read_shard(contained(directory, SINGLE))

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
@@ -36,6 +36,8 @@ class _LazyGroup(TyperGroup):
             return None
         command = typer.main.get_command(import_module(COMMANDS[cmd_name]).app)
         command.name = cmd_name
+        # Whole in the list of commands, not cut short.
+        command.short_help = command.help
         return command
 
 
@@ -47,8 +49,20 @@ _root = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"deepen {version('deepen')}")
+        raise typer.Exit()
+
+
 @_root.callback()
-def _deepen() -> None:
+def _deepen(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Add new transformer blocks to a pretrained model, teach them a domain, prove what was kept."""
 
 

@@ -62,7 +62,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A block pack or an expanded checkpoint.")],
     as_json: Json = False,
 ) -> None:
-    """Show which blocks are new, what they copy, and which base they belong to."""
+    """Show the new blocks, what they copy and their base."""
     from deepen.blocks import inspect_blocks
 
     facts = inspect_blocks(path)

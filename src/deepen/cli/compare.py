@@ -27,7 +27,7 @@ def report_comparison(
 ) -> None:
     """Print a comparison, and write its page where one is asked for."""
     from deepen.evaluation import compare_runs
-    from deepen.report import describe_differences, render_table, write_comparison_page
+    from deepen.report import describe_differences, print_table, write_comparison_page
 
     comparison = compare_runs(runs, labels)
     if html is not None:
@@ -37,6 +37,6 @@ def report_comparison(
         return
     from rich.console import Console
 
-    Console().print(render_table(comparison))
+    print_table(comparison, Console())
     for sentence in describe_differences(comparison):
         print(sentence)

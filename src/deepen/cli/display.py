@@ -73,7 +73,7 @@ class _Plain:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _quiet() -> None:
+def quiet_transformers() -> None:
     """Keep transformers' own bars off our stderr."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -83,7 +83,7 @@ def _quiet() -> None:
 @contextmanager
 def display() -> Iterator[Reporter]:
     """Give the reporter that suits stderr."""
-    _quiet()
+    quiet_transformers()
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Plain(console)

@@ -29,7 +29,9 @@ def parse_size(text: str) -> int:
         or match[2].upper() not in _UNITS
         or (size := float(match[1]) * _UNITS[match[2].upper()]) < 1
     ):
-        raise typer.BadParameter(f"{text!r} is not a size; write for example 5GB")
+        raise typer.BadParameter(
+            f"{text!r} is not a size; write for example 5GB", param_hint="'--shard-size'"
+        )
     return int(size)
 
 
@@ -39,7 +41,7 @@ def parse_after(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is not a list of block numbers; write for example 3,7,11"
+            f"{text!r} is not a list of block numbers; write for example 3,7,11", param_hint="'--after'"
         ) from None
 
 
@@ -104,9 +106,7 @@ def _report_plan(prepared: "PreparedCheckpoint", as_json: bool) -> None:
         print_json(facts)
         return
     _print_layout(prepared)
-    print(
-        f"would write {human_bytes(prepared.plan.bytes_written)} in {len(prepared.plan.files)} weight file(s)"
-    )
+    print(f"would write {human_bytes(prepared.plan.bytes_written)}; weight files: {len(prepared.plan.files)}")
 
 
 def _report(prepared: "PreparedCheckpoint", result: "ExpandResult", as_json: bool) -> None:

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ from deepen.cli.compare import report_comparison
 from deepen.cli.output import human_count, print_json
 
 if TYPE_CHECKING:
+    from deepen.config import Recipe
     from deepen.pipeline.plan import RunPlan
     from deepen.records import RunResult
 
@@ -37,16 +39,30 @@ def run(
         _report_plan(plan_run(asked), as_json)
         return
     # Before the imports that take seconds: what is wrong with the output can be said at once.
-    from deepen.cli.display import display
     from deepen.pipeline.directory import check_run
 
-    check_run(asked, resume=resume, overwrite=overwrite)
+    result = check_run(asked, resume=resume, overwrite=overwrite)
+    result = _finished(asked, result) if result else _run(asked, resume, overwrite)
+    _report(Path(asked.output), result, as_json)
+
+
+def _finished(recipe: "Recipe", result: "RunResult") -> "RunResult":
+    """Answer without torch, which takes seconds to import."""
+    from deepen.report import complete_pages
+
+    print(f"{recipe.output}: already finished; nothing to do", file=sys.stderr)
+    complete_pages(Path(recipe.output))
+    return result
+
+
+def _run(recipe: "Recipe", resume: bool, overwrite: bool) -> "RunResult":
+    from deepen.cli.display import display
+
     with display() as reporter:
         reporter.stage("starting")
         from deepen.pipeline.run import run_recipe
 
-        result = run_recipe(asked, resume=resume, overwrite=overwrite, reporter=reporter)
-    _report(Path(asked.output), result, as_json)
+        return run_recipe(recipe, resume=resume, overwrite=overwrite, reporter=reporter)
 
 
 def _report_plan(plan: "RunPlan", as_json: bool) -> None:

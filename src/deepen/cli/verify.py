@@ -54,8 +54,10 @@ def verify(
 
 
 def _compare_logits(base: Path, expanded: Path) -> Any:
+    from deepen.cli.display import quiet_transformers
     from deepen.model.identity import compare_logits
 
+    quiet_transformers()
     return compare_logits(base, expanded)
 
 

@@ -19,7 +19,9 @@ from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.run import run_recipe
 
 BASE: Final = Path(__file__).parent / "base"
-_DOMAIN_BYTES: Final = 1_500_000
+_DOMAIN_CHARACTERS: Final = 1_500_000
+# Of each held-out module: many modules are scored and not a few long ones.
+_HELDOUT_CHARACTERS: Final = 4_000
 
 
 def run_demo(out: Path, *, overwrite: bool, reporter: Reporter) -> list[Path]:
@@ -80,8 +82,9 @@ def write_texts(directory: Path) -> None:
     root = Path(sysconfig.get_path("stdlib"))
     training, heldout = documents_apart(standard_library(), root)
     _write(directory / "general-heldout.jsonl", _documents(prose(heldout), root))
-    _write(directory / "domain.jsonl", _up_to(_documents(code(training), root), _DOMAIN_BYTES))
-    _write(directory / "domain-heldout.jsonl", _documents(code(heldout), root))
+    _write(directory / "domain.jsonl", _up_to(_documents(code(training), root), _DOMAIN_CHARACTERS))
+    beginnings = ((path, text[:_HELDOUT_CHARACTERS]) for path, text in code(heldout))
+    _write(directory / "domain-heldout.jsonl", _documents(beginnings, root))
 
 
 def _documents(texts: Iterable[tuple[Path, str]], root: Path) -> Iterator[dict[str, str]]:

@@ -21,6 +21,7 @@ from deepen.records import (
     RunResult,
     TextResult,
     read_record,
+    read_result,
 )
 
 _ROLES = ("general", "domain")
@@ -85,10 +86,11 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def _read(directory: Path, label: str) -> _Run:
+    result = read_result(directory)
     record = read_record(directory / "evaluation" / "heldout.json", EvaluationRecord)
     if not record.texts or any(text.items.base_nll is None for text in record.texts):
         raise DataError(f"{directory}: holds no held-out texts scored beside the base; nothing to compare")
-    return _Run(directory, label, read_record(directory / "result.json", RunResult), record)
+    return _Run(directory, label, result, record)
 
 
 def _check_comparable(first: _Run, run: _Run) -> None:

@@ -53,7 +53,7 @@ def check_space(directory: Path, needed: int) -> None:
     free = os.statvfs(existing).f_bavail * os.statvfs(existing).f_frsize
     if needed > free:
         raise OutputError(
-            f"{directory}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk"
+            f"{directory}: needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free on its disk"
         )
 
 

@@ -63,7 +63,8 @@ class Layout:
     def draw(self) -> str:
         """Return the layout as one line, bottom to top: `■` a base block, `□4` the new block at index 4."""
         new = self.new_indices
-        return "".join(f" □{index} " if index in new else "■" for index in range(self.depth)).strip()
+        drawn = "".join(f" □{index} " if index in new else "■" for index in range(self.depth))
+        return " ".join(drawn.split())
 
 
 def plan_layout(
@@ -98,7 +99,9 @@ def plan_layout(
         if blocks is not None and blocks != len(after):
             raise LayoutError(f"blocks is {blocks} but after names {len(after)}; leave one of them out")
         return _layout(base_blocks, _explicit(base_blocks, after))
-    if blocks is None or blocks < 1:
+    if blocks is None:
+        raise LayoutError("neither blocks nor after is given: say how many new blocks, or where they stand")
+    if blocks < 1:
         raise LayoutError(f"blocks is {blocks}: at least 1 new block is needed")
     if blocks > _MOST_BLOCKS:
         raise LayoutError(f"blocks is {blocks}: more than {_MOST_BLOCKS} new blocks cannot be added")

@@ -157,6 +157,9 @@ def read_expansion(directory: Path) -> Expansion:
         CheckpointError: absent, not JSON, another format version, or inconsistent.
     """
     path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        found = "is not a directory" if directory.exists() else "no such directory"
+        raise CheckpointError(f"{directory}: {found}; give an expanded checkpoint or a block pack")
     if not path.is_file():
         raise CheckpointError(
             f"{path}: not found; this is not an expanded checkpoint or block pack of deepen's"

@@ -154,7 +154,7 @@ def open_base(directory: str | Path) -> Base:
     checkpoint = Checkpoint.open(directory)
     if (checkpoint.directory / MANIFEST_NAME).exists():
         raise CheckpointError(
-            f"{directory}: is expanded already ({MANIFEST_NAME}); use its base:\n"
+            f"{directory}: is expanded already ({MANIFEST_NAME}); give its base instead;\n"
             "deepen cannot expand twice yet"
         )
     family = family_for(checkpoint.config, f"{directory}/config.json")

@@ -248,5 +248,11 @@ def _first(planned: PlannedTensor, offset: int, wanted: bytes, found: bytes) -> 
     begin = low - low % item
     should, was = (decode(planned.dtype, data[begin : begin + item]) for data in (wanted, found))
     origin = "its fill" if isinstance(planned.source, Fill) else "the base's"
-    values = f": {was[0]:.6g}, should be {origin} {should[0]:.6g}" if was and should else ""
+    values = ": {}, should be {} {}".format(*_apart(was[0], origin, should[0])) if was and should else ""
     return f" differs from element {(offset + begin) // item}{values}"
+
+
+def _apart(was: float, origin: str, should: float) -> tuple[str, str, str]:
+    """Write two numbers with as many digits as it takes to tell them apart."""
+    written = [(f"{was:.{digits}g}", origin, f"{should:.{digits}g}") for digits in (6, 9, 17)]
+    return next((each for each in written if each[0] != each[2]), written[-1])

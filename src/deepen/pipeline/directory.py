@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -124,11 +124,18 @@ def open_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -
     try:
         # Another process may have begun or ended a run here since it was last looked at.
         check_run(recipe, resume=resume, overwrite=overwrite)
+        begins = overwrite or not directory.recipe.exists()
         if overwrite:
             _clear(directory)
         write_file(directory.recipe, dump_recipe(recipe))
         directory.evaluation.mkdir(exist_ok=True)
-        yield directory
+        try:
+            yield directory
+        except DeepenError as error:
+            # What is wrong with the input showed before training: nothing is worth keeping or resuming.
+            if begins and error.exit_code == DeepenError.exit_code and not directory.metrics.exists():
+                _remove(directory)
+            raise
     finally:
         os.close(handle)
 
@@ -156,6 +163,14 @@ def _clear(directory: RunDirectory) -> None:
             (directory.root / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{error.filename}: cannot be removed: {error.strerror}") from None
+
+
+def _remove(directory: RunDirectory) -> None:
+    """Remove a run, and its directory if nothing else lies in it."""
+    _clear(directory)
+    directory.recipe.unlink()
+    with suppress(OSError):
+        directory.root.rmdir()
 
 
 def _difference(path: Path, recipe: Recipe) -> str | None:

@@ -24,7 +24,7 @@ from deepen.pipeline.texts import load_evaluation, load_tokenizer, prepare_mixtu
 from deepen.pipeline.trainee import Trainee, audit_base, load_base, prepare_trainee, round_to_saved
 from deepen.pipeline.training import train_to_the_end
 from deepen.records import AuditResult, Provenance, RunResult, capture_provenance
-from deepen.report import write_card, write_report
+from deepen.report import complete_pages
 
 Losses = Mapping[str, NDArray[np.float64]]
 
@@ -53,16 +53,8 @@ def run_recipe(
             check_space(Path(recipe.output), plan.bytes_needed)
         with open_run(recipe, resume=resume, overwrite=overwrite) as directory:
             finished = _run(plan, directory, reporter)
-    _describe(Path(recipe.output))
+    complete_pages(Path(recipe.output))
     return finished
-
-
-def _describe(run: Path) -> None:
-    """Write the pages made from the records, also where a run was killed just before them."""
-    if not (run / "report.html").exists():
-        write_report(run)
-    if not (run / "README.md").exists():
-        write_card(run, run)
 
 
 def corpus_cache(recipe: Recipe) -> Path:

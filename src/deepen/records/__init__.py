@@ -13,6 +13,7 @@ from deepen.records.results import (
     RunResult,
     TextResult,
     read_record,
+    read_result,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "capture_provenance",
     "read_metrics",
     "read_record",
+    "read_result",
 ]

@@ -159,6 +159,23 @@ def read_record(path: Path, kind: type[_R]) -> _R:
         raise DataError(f"{path}: {_fault(error, kind)}") from None
 
 
+def read_result(run: Path) -> RunResult:
+    """Read the result of a finished run.
+
+    Raises:
+        DataError: there is no such directory, it holds no finished run, or the record is malformed.
+    """
+    path = run / "result.json"
+    if not run.is_dir():
+        found = "is not a directory" if run.exists() else "no such directory"
+        raise DataError(f"{run}: {found}; give the directory of a finished run")
+    if not path.exists():
+        raise DataError(
+            f"{run}: holds no finished run (no result.json); finish it with deepen run … --resume"
+        )
+    return read_record(path, RunResult)
+
+
 def _fault(error: ValidationError, kind: type[BaseModel]) -> str:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "record"

@@ -1,13 +1,16 @@
 """Pages for people, made from the records of a run and nothing else."""
 
 from deepen.report.card import write_card
-from deepen.report.comparison import describe_differences, render_table, write_comparison_page
+from deepen.report.comparison import describe_differences, print_table, render_table, write_comparison_page
+from deepen.report.complete import complete_pages
 from deepen.report.page import write_report
 from deepen.report.read import RunReport, read_run
 
 __all__ = [
     "RunReport",
+    "complete_pages",
     "describe_differences",
+    "print_table",
     "read_run",
     "render_table",
     "write_card",

@@ -1,7 +1,9 @@
 """Runs side by side, for a page and for the terminal."""
 
+from itertools import chain, repeat
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -36,12 +38,16 @@ def render_comparison(comparison: Comparison) -> str:
     )
 
 
+def print_table(comparison: Comparison, console: Console) -> None:
+    """Print the comparison, a row a run; where that does not fit, a row a text and run."""
+    table = render_table(comparison)
+    fits = console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width
+    console.print(table if fits else render_tall_table(comparison))
+
+
 def render_table(comparison: Comparison) -> Table:
     """Return the comparison as a table for the terminal: losses and their differences from the base."""
-    unit = METRICS.get(comparison.metric, comparison.metric)
-    table = Table(
-        caption=f"{unit}; differences are from the base, paired, with 95% intervals", title_justify="left"
-    )
+    table = _table(comparison)
     table.add_column("run")
     for column in comparison.columns:
         table.add_column(Text(f"{column.name}\n{_MEANING[column.role]}"), justify="right")
@@ -49,6 +55,29 @@ def render_table(comparison: Comparison) -> Table:
     for row in comparison.rows:
         table.add_row(Text(row.label), *(text for cell in row.cells for text in _texts(cell)))
     return table
+
+
+def render_tall_table(comparison: Comparison) -> Table:
+    """Return the comparison as a table of five columns, however many texts there are."""
+    table = _table(comparison)
+    for heading in ("text", "run"):
+        table.add_column(heading)
+    for heading in ("loss", "Δ base", "95% interval"):
+        table.add_column(heading, justify="right")
+    for place, column in enumerate(comparison.columns):
+        # The base's row and the first run's are always there to hold these two.
+        said = chain((column.name, _MEANING[column.role]), repeat(""))
+        for row, words in zip(comparison.rows, said, strict=False):
+            cell = row.cells[place]
+            moved, _, ends = _difference(cell.from_base).partition("\n")
+            table.add_row(Text(words), Text(row.label), loss(cell.value), moved, ends)
+        table.add_section()
+    return table
+
+
+def _table(comparison: Comparison) -> Table:
+    unit = METRICS.get(comparison.metric, comparison.metric)
+    return Table(caption=f"{unit}; differences are from the base, paired, with 95% intervals")
 
 
 def describe_differences(comparison: Comparison) -> list[str]:

@@ -14,6 +14,7 @@ from deepen.records import (
     TrainingPoint,
     read_metrics,
     read_record,
+    read_result,
 )
 
 Role = Literal["general", "domain"]
@@ -78,11 +79,12 @@ def read_run(run_dir: Path) -> RunReport:
         DataError: a record is missing or malformed; without `result.json` the run is not finished.
         RecipeError: `recipe.yaml` is missing or malformed.
     """
+    result = read_result(run_dir)
     training, evaluations = read_metrics(run_dir / "metrics.jsonl")
     heldout = run_dir / "evaluation" / "heldout.json"
     return RunReport(
         name=run_dir.resolve().name,
-        result=read_record(run_dir / "result.json", RunResult),
+        result=result,
         recipe=load_recipe(run_dir / "recipe.yaml"),
         provenance=read_record(run_dir / "environment.json", Provenance),
         training=training,
