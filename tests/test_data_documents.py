@@ -1,7 +1,9 @@
 import gzip
 import json
 import os
+import time
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -218,6 +220,23 @@ def test_a_hub_dataset_is_read(tmp_path):
         list(read_documents(TextSet(hub=hub, split="nonsense"), cache=tmp_path / "cache"))
     with pytest.raises(DataError, match=r"set \(other\), split train: cannot be loaded"):
         list(read_documents(TextSet(hub=hub, subset="other"), cache=tmp_path / "cache"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    asked = []
+
+    def fails(self, name, **options):
+        asked.append(name)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fails)
+    start = time.monotonic()
+    with pytest.raises(DataError, match="the hub cannot be reached and no copy is cached"):
+        list(read_documents(TextSet(hub="org/name"), cache=tmp_path))
+    assert asked == ["org/name"]
+    assert time.monotonic() - start < 10
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_an_unreachable_hub_says_what_to_do(tmp_path, monkeypatch):

@@ -244,7 +244,7 @@ def test_a_run_without_its_records_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         write_report(run)
     (run / "result.json").unlink()
-    with pytest.raises(DataError, match=r"result\.json: cannot be read"):
+    with pytest.raises(DataError, match=r"holds no finished run \(no result\.json\)"):
         read_run(run)
     assert not (run / "report.html").exists()
 

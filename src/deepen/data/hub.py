@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face hub, read through the `datasets` library without its progress bars."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,39 @@ def load_hub(text: TextSet, cache: Path | None) -> Any:
     """
     import datasets
 
-    with quiet_datasets():
+    name = str(text.hub)
+    with quiet_datasets(), nullcontext() if Path(name).exists() or _answers(name) else _offline():
         try:
             return datasets.load_dataset(
                 text.hub, text.subset, split=text.split, cache_dir=None if cache is None else str(cache)
             )
         except Exception as error:  # the library raises its own, the hub's, and any of a reader's
             raise DataError(_explain(text, error)) from error
+
+
+def _answers(name: str) -> bool:
+    """Ask the hub once; `datasets` asks for half a minute before it looks into its cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HfHubHTTPError, ValueError):
+        return True  # it says no, or the name is no name: `datasets` finds the words
+    except Exception:  # whatever its network stack raises
+        return False
+    return True
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    from huggingface_hub import constants
+
+    held, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = held
 
 
 @contextmanager
