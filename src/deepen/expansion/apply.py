@@ -1,11 +1,14 @@
 """Executing a plan: bytes are copied by the kernel or filled with a constant. No arithmetic, no judgement."""
 
+import ctypes
 import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from deepen.checkpoint import INDEX
 from deepen.errors import CheckpointError, OutputError
@@ -13,7 +16,8 @@ from deepen.expansion.plan import Copy, Plan, PlannedFile, PlannedTensor
 
 Progress = Callable[[int, int], None]
 
-_STEP = 64 << 20  # between two calls of progress
+_STEP = 16 << 20  # copied between two calls of progress, and handed to the disk
+_BEGIN_WRITE = 2  # SYNC_FILE_RANGE_WRITE
 _BUFFER = 4 << 20
 _UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
@@ -129,10 +133,16 @@ def _copy(source: int, target: int, copy: Copy, position: int, length: int) -> I
 def _begin_writeback(target: int, position: int, count: int) -> None:
     """Let the disk begin with these bytes while the next are copied, so that the sync at the end is short.
 
-    Linux starts writing dirty pages out when told that they are not needed soon.
+    A hint: where the system has no such call, or refuses, the sync at the end does it all.
     """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(target, position, count, os.POSIX_FADV_DONTNEED)
+    if call := _sync_file_range():
+        call(target, ctypes.c_int64(position), ctypes.c_int64(count), _BEGIN_WRITE)
+
+
+@cache
+def _sync_file_range() -> Any:
+    """Linux has it, Python does not offer it."""
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 def _copy_file_range(source: int, target: int, offset: int, position: int, count: int) -> int:
