@@ -85,9 +85,21 @@ _STUDIES = {
 
 def results() -> str:
     """Return a table a record: held-out loss on general and domain text, base and runs."""
-    return "".join(
+    tables = "".join(
         f"{title}\n\n{_results_table(json.loads((RECORDS / name).with_suffix('.json').read_text()))}"
         for name, title in _STUDIES.items()
+    )
+    return tables + _expand_result()
+
+
+def _expand_result() -> str:
+    record = json.loads((ROOT / "benchmarks" / "records" / "expand.json").read_text())
+    size, ratio, alone = record["base_gigabytes"], record["ratio"], record["ratio_to_unsynced_cp"]
+    return (
+        f"`deepen expand` of a {size:.0f} GB checkpoint takes {ratio:.2f} times as long as `cp` of its\n"
+        f"output brought to the disk ({alone:.2f} times `cp` alone, which leaves it in memory), in "
+        f"{record['peak_megabytes']:.0f} MB:\n"
+        "`make bench`, [benchmarks/records/expand.json](benchmarks/records/expand.json).\n\n"
     )
 
 
