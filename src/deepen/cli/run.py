@@ -30,18 +30,18 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Expand, train, evaluate and report, as a recipe says."""
+    # None of these imports torch: what is wrong with the recipe or the output is said at once.
     from deepen.config import load_recipe
+    from deepen.pipeline.directory import check_run
+    from deepen.pipeline.plan import plan_run
 
     asked = load_recipe(recipe, settings or [])
     if dry_run:
-        from deepen.pipeline.plan import plan_run
-
         _report_plan(plan_run(asked), as_json)
         return
-    # Before the imports that take seconds: what is wrong with the output can be said at once.
-    from deepen.pipeline.directory import check_run
-
     result = check_run(asked, resume=resume, overwrite=overwrite)
+    if result is None:
+        plan_run(asked)
     result = _finished(asked, result) if result else _run(asked, resume, overwrite)
     _report(Path(asked.output), result, as_json)
 
