@@ -181,6 +181,15 @@ def test_compare_puts_two_runs_beside_the_base(finished, tmp_path, capsys):
     assert trained.dtype == torch.bfloat16
 
 
+def test_a_run_whose_recipe_is_not_text_is_refused(tmp_path):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_bytes(b"base: \xff")
+    with pytest.raises(OutputError, match=r"its recipe\.yaml cannot be read"):
+        run_recipe(recipe, resume=True)
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     write_base(tmp_path / "base")
     recipe = write_recipe(tmp_path)

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import yaml
-
 from deepen.checkpoint import check_apart, write_file
-from deepen.config import Recipe, dump_recipe, parse_recipe
+from deepen.config import Recipe, dump_recipe, load_recipe
 from deepen.errors import DeepenError, OutputError
 from deepen.records import RunResult, read_record
 
@@ -176,8 +174,8 @@ def _remove(directory: RunDirectory) -> None:
 def _difference(path: Path, recipe: Recipe) -> str | None:
     """Name the first key in which a run's recipe is not this one; how it is carried out does not count."""
     try:
-        held = parse_recipe(path.read_text(), where=str(path)).model_dump(mode="json")
-    except (DeepenError, OSError, yaml.YAMLError):
+        held = load_recipe(path).model_dump(mode="json")
+    except DeepenError:
         return "its recipe.yaml cannot be read"
     asked = recipe.model_dump(mode="json")
     for tree in (held, asked):
