@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepen.checkpoint import Checkpoint, fast_fingerprint, full_fingerprint
-from deepen.errors import CheckpointError, DeepenError, LayoutError, OutputError
+from deepen.errors import CheckpointError, LayoutError, OutputError
 from deepen.expansion import apply as apply_module
 from deepen.expansion import base_name, expand_checkpoint, read_expansion
 from deepen.families import family_for
@@ -248,8 +248,6 @@ def test_an_existing_output(tiny_llama, tmp_path):
         expand_checkpoint(base, tmp_path / "out", blocks=2)
     expand_checkpoint(base, tmp_path / "out", blocks=2, overwrite=True)
     assert len(read_expansion(tmp_path / "out").new_blocks) == 2
-    with pytest.raises(DeepenError, match="expanded already"):
-        expand_checkpoint(tmp_path / "out", tmp_path / "again", blocks=1)
 
 
 def test_prefix_warns_with_the_papers_figures(tiny_llama, tmp_path, caplog):

@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen.errors import CheckpointError, FamilyError
-from deepen.families import check_tensors, family_for, load_families
+from deepen.families import check_tensors, family_for, generic, load_families, load_refusals
 
 LLAMA = family_for({"model_type": "llama"})
 SIZES = {
@@ -43,8 +43,8 @@ def test_residual_writes_are_what_the_real_block_adds_to_the_stream():
     for name, tensor in states.items():
         tensor.normal_()
         place = LLAMA.split(name)
-        if place and place[1] in LLAMA.residual_writes:
-            tensor.fill_(LLAMA.residual_writes[place[1]])
+        if place and (value := LLAMA.fill(place[1])) is not None:
+            tensor.fill_(value)
     with torch.no_grad():
         below, above = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True).hidden_states
         assert torch.equal(model.model.norm(below), above)
@@ -121,11 +121,11 @@ def test_depths_that_are_none(depth):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"model_type": "gpt2"}, {"model_type": None}, {"model_type": ["llama"]}]
+    "config", [{}, {"model_type": "bert"}, {"model_type": None}, {"model_type": ["llama"]}]
 )
 def test_unknown_families(config):
     with pytest.raises(FamilyError, match=r"known: .*llama") as caught:
-        family_for(config, "here")
+        family_for(config, where="here")
     assert str(caught.value).startswith("here: ")
 
 
@@ -136,11 +136,14 @@ def test_blocks_that_differ_in_config():
 
 def test_family_files_are_consistent():
     for family in load_families():
-        in_block = {*family.block_required, *family.block_optional}
-        assert len(in_block) == len(family.block_required) + len(family.block_optional)
-        assert family.residual_writes.keys() <= in_block
-        assert set(family.block_buffers) <= set(family.block_optional)
-        assert not set(family.block_buffers) & family.residual_writes.keys()
+        for each in family.block:
+            assert not set(each.required) & set(each.optional)
+            assert all(generic(name) == name for name in (*each.required, *each.optional))
+        in_block = {name for each in family.block for name in (*each.required, *each.optional)}
+        assert in_block & family.residual_writes.keys()
+        assert family.buffers <= in_block
+        assert not family.buffers & family.residual_writes.keys()
         outside = {*family.outside_required, *family.outside_optional}
         assert family.tied.keys() <= outside
         assert set(family.tied.values()) <= outside
+        assert not set(family.model_types) & load_refusals()["model_types"].keys()

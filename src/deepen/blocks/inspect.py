@@ -38,7 +38,7 @@ def inspect_blocks(directory: str | Path) -> BlocksSummary:
         kind, tensors = "block pack", list(open_pack(directory).shard.tensors)
     else:
         kind, checkpoint = "expanded checkpoint", Checkpoint.open(directory)
-        family = family_for(checkpoint.config, f"{directory}/config.json")
+        family = family_for(checkpoint.config, checkpoint.tensors, f"{directory}/config.json")
         tensors = [t for t in checkpoint.tensors.values() if base_name(expansion, family, t.name) is None]
     return BlocksSummary(
         kind=kind,

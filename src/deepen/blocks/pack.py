@@ -111,7 +111,7 @@ def check_pack(pack: Pack, base: Base) -> None:
         raise PackError(f"{path}: tensor {min(unused)!r} belongs to no new block of {MANIFEST_NAME}")
     for name, planned in needed.items():
         place = base.family.split(name)
-        if name not in held and place and place[1] not in base.family.block_buffers:
+        if name not in held and place and not base.family.is_buffer(place[1]):
             raise PackError(f"{path}: tensor {name!r} is missing")
         if name in held and held[name].shape != planned.shape:
             raise _misfit(planned, held[name])
@@ -175,7 +175,7 @@ def extract_pack(
     start = time.perf_counter()
     check_free(Path(out), overwrite=overwrite)
     expansion, checkpoint = read_expansion(Path(expanded)), Checkpoint.open(expanded)
-    family = family_for(checkpoint.config, f"{expanded}/config.json")
+    family = family_for(checkpoint.config, checkpoint.tensors, f"{expanded}/config.json")
 
     def in_base(name: str) -> str | None:
         return base_name(expansion, family, name)

@@ -116,7 +116,7 @@ def expand_checkpoint(
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        CheckpointError: the base is malformed, of an unknown family, or expanded already.
+        CheckpointError: the base is malformed, or of a family that is unknown or cannot be exact.
         LayoutError: the new blocks cannot be placed as asked.
         OutputError: `out` exists, overlaps the base, or does not fit the disk.
     """
@@ -149,6 +149,7 @@ def prepare_expansion(
         opened.block_tensors,
         name or str(base),
         Fingerprint(fast=fast_fingerprint(opened.checkpoint)),
+        opened.previous,
     )
     plan = plan_files(opened.checkpoint, expanded_tensors(opened, layout), shard_size=shard_size)
     return PreparedCheckpoint(

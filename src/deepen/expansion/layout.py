@@ -53,6 +53,18 @@ class Layout:
         new = self.new_indices
         return tuple(index for index in range(self.depth) if index not in new)
 
+    def position(self, base_block: int) -> int:
+        """Return where a base block stands in the expanded model; what trails the base trails it still."""
+        if base_block >= self.base_blocks:
+            return base_block + len(self.new_blocks)
+        return base_block + sum(block.after < base_block for block in self.new_blocks)
+
+    def base_block(self, position: int) -> int | None:
+        """Return which base block stands at a position of the expanded model; None for a new block."""
+        if position in self.new_indices:
+            return None
+        return position - sum(block.index < position for block in self.new_blocks)
+
     @property
     def origins(self) -> tuple[int, ...]:
         """For each block of the expanded model, the base block it is or copies."""

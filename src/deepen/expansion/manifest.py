@@ -37,8 +37,8 @@ class NewBlockRecord(_Record):
 
     Attributes:
         index: its position in the expanded model.
-        after: the base block it stands on (-1: the bottom).
-        copy_of: the base block it copies.
+        after: the block of its stage's base it stands on (-1: the bottom).
+        copy_of: the block of its stage's base it copies.
         filled: full tensor name -> the constant it was filled with.
         stage: number of the expansion that added it, from 0.
     """
@@ -50,15 +50,33 @@ class NewBlockRecord(_Record):
     stage: int = Field(default=0, ge=0)
 
 
+class EarlierStage(_Record):
+    """What an earlier expansion was made from.
+
+    Attributes:
+        base: name or path of its base.
+        base_fingerprint: its base's.
+        base_blocks: number of blocks of its base.
+    """
+
+    base: str
+    base_fingerprint: Fingerprint
+    base_blocks: int = Field(ge=1)
+
+
 class Expansion(_Record):
     """The content of `expansion.json`.
+
+    A checkpoint can be expanded again. Then `base` is the expanded checkpoint it was made from, blocks of
+    earlier stages are base blocks like any other, and `earlier` says what those stages were made from.
 
     Attributes:
         base: name or path of the base.
         base_fingerprint: what the base's tensors must hash to.
         family: name of the family file used.
         base_blocks: number of blocks of the base.
-        new_blocks: the new blocks, by ascending index.
+        new_blocks: the new blocks of all stages, by ascending index.
+        earlier: the stages before this one, from the first.
     """
 
     format_version: int = FORMAT_VERSION
@@ -67,28 +85,58 @@ class Expansion(_Record):
     family: str
     base_blocks: int = Field(ge=1)
     new_blocks: tuple[NewBlockRecord, ...] = Field(min_length=1, strict=False)
+    earlier: tuple[EarlierStage, ...] = Field(default=(), strict=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Expansion":
         indices = [block.index for block in self.new_blocks]
         if indices != sorted(set(indices)):
             raise ValueError("new_blocks are not in ascending order of index")
-        if indices[-1] >= self.base_blocks + len(indices):
-            raise ValueError(f"new block {indices[-1]} lies outside the expanded model")
-        for below, block in enumerate(self.new_blocks):
-            if block.index != block.after + 1 + below or block.copy_of >= self.base_blocks:
-                raise ValueError(f"new block {block.index} contradicts its after {block.after}")
+        if (highest := max(block.stage for block in self.new_blocks)) != self.stage:
+            raise ValueError(f"new_blocks go up to stage {highest}, earlier has {len(self.earlier)} stages")
+        stages = [*(stage.base_blocks for stage in self.earlier), self.base_blocks]
+        places = {block.index: block for block in self.new_blocks}
+        for stage in range(self.stage, -1, -1):
+            places = _peeled(places, stage, stages[stage])
         return self
 
     @property
+    def stage(self) -> int:
+        """Number of this expansion, from 0."""
+        return len(self.earlier)
+
+    @property
+    def latest_blocks(self) -> tuple[NewBlockRecord, ...]:
+        """The blocks that are new to the base: those of this stage."""
+        return tuple(block for block in self.new_blocks if block.stage == self.stage)
+
+    @property
     def layout(self) -> Layout:
-        """The layout this record describes."""
-        blocks = (NewBlock(index=b.index, after=b.after, copy_of=b.copy_of) for b in self.new_blocks)
+        """Where the blocks of this stage stand on the base."""
+        blocks = (NewBlock(index=b.index, after=b.after, copy_of=b.copy_of) for b in self.latest_blocks)
         return Layout(self.base_blocks, tuple(blocks))
 
     def to_json(self) -> str:
         """Return the text of `expansion.json`."""
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        content = self.model_dump(mode="json")
+        if not self.earlier:
+            del content["earlier"]
+        return json.dumps(content, indent=1) + "\n"
+
+
+def _peeled(places: Mapping[int, NewBlockRecord], stage: int, base_blocks: int) -> dict[int, NewBlockRecord]:
+    """Check the blocks of a stage, the highest there is; return the others by their index in its base."""
+    below, rest = 0, {}
+    for index, block in sorted(places.items()):
+        if block.stage != stage:
+            rest[index - below] = block
+            continue
+        if index != block.after + 1 + below or max(block.after, block.copy_of) >= base_blocks:
+            raise ValueError(f"new block {block.index} contradicts its after {block.after}")
+        below += 1
+    if not below or any(index >= base_blocks for index in rest):
+        raise ValueError(f"the blocks of stage {stage} do not fit a base of {base_blocks} blocks")
+    return rest
 
 
 def describe_expansion(
@@ -97,6 +145,7 @@ def describe_expansion(
     block_tensors: Mapping[int, tuple[str, ...]],
     base: str,
     fingerprint: Fingerprint,
+    previous: Expansion | None = None,
 ) -> Expansion:
     """Build the record of a fresh expansion.
 
@@ -106,27 +155,67 @@ def describe_expansion(
         block_tensors: names inside each base block, by base block index.
         base: name or path of the base.
         fingerprint: the base's.
+        previous: the base's own record, if it was expanded before.
     """
-    records = tuple(
+    earlier = _earlier(previous)
+    records = [
         NewBlockRecord(
             index=block.index,
             after=block.after,
             copy_of=block.copy_of,
             filled={
-                family.join(block.index, name): float(family.residual_writes[name])
+                family.join(block.index, name): float(value)
                 for name in block_tensors[block.copy_of]
-                if name in family.residual_writes
+                if (value := family.fill(name)) is not None
             },
+            stage=len(earlier),
         )
         for block in layout.new_blocks
-    )
+    ]
+    kept = previous.new_blocks if previous else ()
+    records += [_moved(block, layout.position(block.index), family) for block in kept]
     return Expansion(
         base=base,
         base_fingerprint=fingerprint,
         family=family.name,
         base_blocks=layout.base_blocks,
-        new_blocks=records,
+        new_blocks=tuple(sorted(records, key=lambda record: record.index)),
+        earlier=earlier,
     )
+
+
+def previous_expansion(expansion: Expansion, family: Family) -> Expansion | None:
+    """Return the record of the base itself, where that was expanded before."""
+    if not expansion.earlier:
+        return None
+    *earlier, last = expansion.earlier
+    kept = []
+    for block in expansion.new_blocks:
+        position = expansion.layout.base_block(block.index)
+        if position is not None:
+            kept.append(_moved(block, position, family))
+    return Expansion(
+        **{key: getattr(last, key) for key in EarlierStage.model_fields},
+        family=expansion.family,
+        new_blocks=tuple(kept),
+        earlier=tuple(earlier),
+    )
+
+
+def _earlier(previous: Expansion | None) -> tuple[EarlierStage, ...]:
+    if previous is None:
+        return ()
+    last = {key: getattr(previous, key) for key in EarlierStage.model_fields}
+    return (*previous.earlier, EarlierStage(**last))
+
+
+def _moved(block: NewBlockRecord, index: int, family: Family) -> NewBlockRecord:
+    """Give a block of an earlier stage another index, and its tensors the names that go with it."""
+    filled = {}
+    for name, value in block.filled.items():
+        place = family.split(name)
+        filled[family.join(index, place[1]) if place else name] = value
+    return block.model_copy(update={"index": index, "filled": filled})
 
 
 def base_name(expansion: Expansion, family: Family, name: str) -> str | None:
@@ -134,20 +223,21 @@ def base_name(expansion: Expansion, family: Family, name: str) -> str | None:
     place = family.split(name)
     if place is None:
         return name
-    positions = expansion.layout.base_positions
-    if place[0] not in positions:
-        return None
-    return family.join(positions.index(place[0]), place[1])
+    block = expansion.layout.base_block(place[0])
+    return None if block is None else family.join(block, place[1])
 
 
 def expand_config(config: Mapping[str, Any], family: Family, layout: Layout) -> dict[str, Any]:
-    """Return the `config.json` of the expanded model: its depth, and every per-layer list extended."""
-    expanded = dict(config)
-    expanded[family.depth_key] = layout.depth
-    for key in family.per_layer_keys:
-        if isinstance(values := config.get(key), list):
-            expanded[key] = [values[origin] for origin in layout.origins]
-    return expanded
+    """Return the `config.json` of the expanded model: its depth, and all that depends on block numbers.
+
+    Raises:
+        CheckpointError: a per-layer list has not one entry a block.
+        LayoutError: the config has no words for the kinds of blocks in this order.
+    """
+    text = family.text_config(config)
+    changed = family.per_layer.reorder(text, layout.base_blocks, layout.origins)
+    expanded = {**text, family.depth_key: layout.depth, **changed}
+    return {**config, family.section: expanded} if family.section else expanded
 
 
 def read_expansion(directory: Path) -> Expansion:

@@ -14,10 +14,12 @@ from typing import Any, Final
 from deepen.checkpoint import ITEM_BYTES, SINGLE, Checkpoint, Tensor, not_finite, write_header
 from deepen.errors import CheckpointError, LayoutError
 from deepen.expansion.layout import Layout
-from deepen.expansion.manifest import MANIFEST_NAME
+from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
 from deepen.families import Family, check_tensors, family_for
 
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
+# 8-bit floats have scales beside them, but a zero byte is zero whatever the scale.
+ZEROABLE: Final = FLOATS | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +124,22 @@ class Base:
 
     Attributes:
         checkpoint: the files.
-        family: what its tensors mean.
+        family: what its tensors mean, in its dialect.
         depth: its number of blocks.
+        previous: its own record, if it was expanded before: its new blocks are base now.
     """
 
     checkpoint: Checkpoint
     family: Family
     depth: int
+    previous: Expansion | None = None
 
     @property
     def block_tensors(self) -> dict[int, tuple[str, ...]]:
         """Names inside each block, by block."""
         held: dict[int, list[str]] = {block: [] for block in range(self.depth)}
         for name in self.checkpoint.tensors:
-            if place := self.family.split(name):
+            if (place := self.family.split(name)) and place[0] < self.depth:
                 held[place[0]].append(place[1])
         return {block: tuple(names) for block, names in held.items()}
 
@@ -149,17 +153,23 @@ def open_base(directory: str | Path) -> Base:
     """Open a checkpoint as a base and account for each of its tensors.
 
     Raises:
-        CheckpointError: malformed, expanded already, or not what its config and family say.
+        CheckpointError: malformed, or not what its config, its family and its own record say.
+        FamilyError: its family is unknown, or cannot be expanded exactly.
     """
     checkpoint = Checkpoint.open(directory)
-    if (checkpoint.directory / MANIFEST_NAME).exists():
-        raise CheckpointError(
-            f"{directory}: is expanded already ({MANIFEST_NAME}); give its base instead;\n"
-            "deepen cannot expand twice yet"
-        )
-    family = family_for(checkpoint.config, f"{directory}/config.json")
+    family = family_for(checkpoint.config, checkpoint.tensors, f"{directory}/config.json")
     depth = check_tensors(family, checkpoint.config, checkpoint.tensors, str(directory))
-    return Base(checkpoint=checkpoint, family=family, depth=depth)
+    return Base(checkpoint=checkpoint, family=family, depth=depth, previous=_previous(checkpoint, depth))
+
+
+def _previous(checkpoint: Checkpoint, depth: int) -> Expansion | None:
+    path = checkpoint.directory / MANIFEST_NAME
+    if not path.exists():
+        return None
+    previous = read_expansion(checkpoint.directory)
+    if previous.layout.depth != depth:
+        raise CheckpointError(f"{path}: describes {previous.layout.depth} blocks, the checkpoint has {depth}")
+    return previous
 
 
 def expanded_tensors(base: Base, layout: Layout) -> tuple[PlannedTensor, ...]:
@@ -172,11 +182,11 @@ def expanded_tensors(base: Base, layout: Layout) -> tuple[PlannedTensor, ...]:
     if layout.base_blocks != base.depth:
         raise LayoutError(f"the layout is for {layout.base_blocks} blocks, the base has {base.depth}")
     family, tensors = base.family, base.checkpoint.tensors
-    positions = layout.base_positions
     planned = []
     for tensor in tensors.values():
         place = family.split(tensor.name)
-        planned.append(_copied(tensor, positions[place[0]], family, place[1]) if place else _outside(tensor))
+        moved = _copied(tensor, layout.position(place[0]), family, place[1]) if place else _outside(tensor)
+        planned.append(moved)
     names = base.block_tensors
     for block in layout.new_blocks:
         copies = (
@@ -238,13 +248,13 @@ def _copied(tensor: Tensor, block: int, family: Family, rest: str) -> PlannedTen
 def _filled(tensor: PlannedTensor, family: Family) -> PlannedTensor:
     """Replace the source of a residual write by its fill."""
     place = family.split(tensor.name)
-    value = family.residual_writes.get(place[1]) if place else None
+    value = family.fill(place[1]) if place else None
     if value is None:
         return tensor
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in (FLOATS if value else ZEROABLE):
         raise CheckpointError(
             f"tensor {tensor.name!r} is {tensor.dtype}; a residual write of that type has no exact fill.\n"
-            "Quantised checkpoints cannot be expanded; use the unquantised model"
+            "Expand the unquantised model; the expanded one can be quantised afterwards"
         )
     return replace(tensor, source=Fill(float(value)))
 

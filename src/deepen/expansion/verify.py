@@ -145,10 +145,14 @@ def _record_faults(base: Base, expansion: Expansion, digest: str | None) -> list
     """Where `expansion.json` disagrees with the base it names."""
     recorded = expansion.base_fingerprint
     described = describe_expansion(
-        expansion.layout, base.family, base.block_tensors, expansion.base, recorded
+        expansion.layout, base.family, base.block_tensors, expansion.base, recorded, base.previous
     )
+    if len(expansion.new_blocks) != len(described.new_blocks):
+        return ["expansion.json: the new blocks of earlier stages are not the base's"]
     faults = []
     for was, should in zip(expansion.new_blocks, described.new_blocks, strict=True):
+        if (was.index, was.stage) != (should.index, should.stage):
+            faults.append(f"expansion.json: new block {was.index}: the base's own record says otherwise")
         if was.filled != should.filled:
             faults.append(
                 f"expansion.json: new block {was.index}: filled is not the family's residual writes"

@@ -1,6 +1,15 @@
 """Model knowledge as data: one TOML file a family, and the checks that hold a checkpoint to it."""
 
 from deepen.families.check import check_tensors
-from deepen.families.family import Family, family_for, load_families
+from deepen.families.family import Alternative, Family, family_for, load_families, load_refusals
+from deepen.families.names import generic
 
-__all__ = ["Family", "check_tensors", "family_for", "load_families"]
+__all__ = [
+    "Alternative",
+    "Family",
+    "check_tensors",
+    "family_for",
+    "generic",
+    "load_families",
+    "load_refusals",
+]

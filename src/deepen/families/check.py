@@ -1,16 +1,20 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from deepen.errors import CheckpointError
-from deepen.families.family import Family
+from deepen.families.family import Alternative, Family
+from deepen.families.names import generic, number_in
+
+# What quantisation to 8-bit floats puts beside a weight.
+_SCALES: Final = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
 
 
 def check_tensors(family: Family, config: Mapping[str, Any], names: Iterable[str], where: str) -> int:
     """Account for every tensor of a checkpoint and return its number of blocks.
 
     Args:
-        family: the description to hold it to.
+        family: the description to hold it to, in the checkpoint's dialect.
         config: the parsed `config.json`.
         names: every tensor name of the checkpoint.
         where: the checkpoint, for messages.
@@ -20,52 +24,113 @@ def check_tensors(family: Family, config: Mapping[str, Any], names: Iterable[str
             the files is not the one the config states.
     """
     blocks, outside = _sort(family, names, where)
-    depth = config.get(family.depth_key)
+    text = family.text_config(config)
+    depth = text.get(family.depth_key)
+    if family.section and depth is None:
+        depth = len(blocks)  # the class has a default, which the files agree with or they would not load
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
         raise CheckpointError(
             f"{where}: config.json: {family.depth_key} is {depth!r}, not a number of blocks"
         )
-    if sorted(blocks) != list(range(depth)):
+    last = depth + trailing_blocks(family, config)
+    if sorted(blocks) not in (list(range(depth)), list(range(last))):
         raise CheckpointError(
             f"{where}: config.json says {family.depth_key} {depth}, the files hold blocks {_ranges(blocks)}"
         )
-    _check_blocks(family, blocks, where)
+    _check_blocks(family, text, {index: blocks[index] for index in range(depth)}, where)
     _check_outside(family, config, outside, where)
     return depth
+
+
+def trailing_blocks(family: Family, config: Mapping[str, Any]) -> int:
+    """Return how many blocks may stand behind the last one of the model, to predict further ahead."""
+    count = family.text_config(config).get(family.trailing_key) if family.trailing_key else 0
+    return count if isinstance(count, int) else 0
 
 
 def _sort(family: Family, names: Iterable[str], where: str) -> tuple[dict[int, set[str]], set[str]]:
     blocks: defaultdict[int, set[str]] = defaultdict(set)
     outside: set[str] = set()
-    in_block = {*family.block_required, *family.block_optional}
-    out_of_block = {*family.outside_required, *family.outside_optional}
     for name in names:
-        place = family.split(name)
-        if place and place[1] in in_block:
+        if place := family.split(name):
             blocks[place[0]].add(place[1])
-        elif name in out_of_block:
+        elif _has_place(family, name):
             outside.add(name)
         else:
-            raise CheckpointError(f"{where}: tensor {name!r} has no place in the {family.name} family")
+            raise _unplaced(family, name, where)
     return dict(blocks), outside
 
 
-def _check_blocks(family: Family, blocks: Mapping[int, set[str]], where: str) -> None:
+def _has_place(family: Family, name: str) -> bool:
+    """Whether a tensor outside the blocks belongs here; of the other towers of a model anything does."""
+    known = {*family.outside_required, *family.outside_optional}
+    return name in known or (family.section is not None and not name.startswith(family.prefix))
+
+
+def _check_blocks(
+    family: Family, config: Mapping[str, Any], blocks: Mapping[int, set[str]], where: str
+) -> None:
+    seen: dict[tuple[Alternative, ...], tuple[int, set[str]]] = {}
     for index, held in sorted(blocks.items()):
-        missing = set(family.block_required) - held
-        if missing:
-            raise CheckpointError(f"{where}: tensor {family.join(index, min(missing))!r} is missing")
-        if held != blocks[0]:
-            odd = min(held ^ blocks[0])
-            raise CheckpointError(f"{where}: blocks 0 and {index} differ: only one of them has {odd!r}")
+        kinds = {generic(name) for name in held}
+        chosen = tuple(_choose(family, part, kinds) for part in family.parts)
+        for name in (name for alternative in chosen for name in alternative.required):
+            if name not in kinds:
+                raise CheckpointError(f"{where}: tensor {family.join(index, name)!r} is missing")
+        _check_places(family, index, held, chosen, where)
+        _check_numbers(family, config, index, held, where)
+        other, names = seen.setdefault(chosen, (index, held))
+        if held != names:
+            odd = min(held ^ names)
+            raise CheckpointError(f"{where}: blocks {other} and {index} differ: only one of them has {odd!r}")
+
+
+def _choose(family: Family, part: str, kinds: set[str]) -> Alternative:
+    """Return the alternative a block has of a part: the least is missing of it, then the most is held."""
+    return max(
+        (alternative for alternative in family.block if alternative.part == part),
+        key=lambda each: (-len(set(each.required) - kinds), len(kinds & {*each.required, *each.optional})),
+    )
+
+
+def _check_places(
+    family: Family, index: int, held: set[str], chosen: tuple[Alternative, ...], where: str
+) -> None:
+    known = {name for each in chosen for name in (*each.required, *each.optional)}
+    for name in sorted(held):
+        if generic(name) in known:
+            continue
+        stem, _, last = name.rpartition(".")
+        if last not in _SCALES or not {generic(f"{stem}.weight"), generic(stem)} & known:
+            raise _unplaced(family, family.join(index, name), where)
+
+
+def _check_numbers(family: Family, config: Mapping[str, Any], index: int, held: set[str], where: str) -> None:
+    """Of what is numbered inside a block, such as experts, each must be there with all its tensors."""
+    found: defaultdict[str, set[int]] = defaultdict(set)
+    for name in held:
+        if (number := number_in(name)) is not None:
+            found[generic(name)].add(number)
+    for kind, numbers in sorted(found.items()):
+        stem = kind.partition(".*")[0]
+        wanted = config.get(family.numbered.get(stem, ""), len(numbers))
+        if isinstance(wanted, int) and (odd := numbers ^ set(range(wanted))):
+            name = family.join(index, kind.replace("*", str(min(odd)), 1))
+            what = "is missing" if min(odd) < wanted else f"is one of more than {wanted}"
+            raise CheckpointError(f"{where}: tensor {name!r} {what}")
 
 
 def _check_outside(family: Family, config: Mapping[str, Any], held: set[str], where: str) -> None:
     missing = set(family.outside_required) - held
-    if not config.get("tie_word_embeddings", False):
+    # A checkpoint of the base model alone has no head; transformers would make one up where it is not tied.
+    if not family.is_tied(config):
         missing |= set(family.tied) - held
     if missing:
         raise CheckpointError(f"{where}: tensor {min(missing)!r} is missing")
+
+
+def _unplaced(family: Family, name: str, where: str) -> CheckpointError:
+    return CheckpointError(f"{where}: tensor {name!r} has no place in the {family.name} family")
 
 
 def _ranges(blocks: Iterable[int]) -> str:

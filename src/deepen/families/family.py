@@ -1,44 +1,98 @@
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Final
 
 from deepen.errors import FamilyError
+from deepen.families.names import generic, spell_out
+from deepen.families.per_layer import PerLayer
+
+REFUSALS: Final = "refused.toml"
+# Where the text model of a model with several towers stands, in files old and new and in memory:
+# (what its base model's prefix becomes, what stands before its head).
+_TOWERS: Final = (("model.language_model.", ""), ("language_model.model.", "language_model."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Tensors that come together in a block; a block has one alternative of each part.
+
+    Attributes:
+        part: what they are an alternative for, e.g. `mlp`.
+        required: names a block of this kind always has, relative to `<layers>.<i>.`; `*` is a number.
+        optional: names some checkpoints have.
+    """
+
+    part: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A config value with which new blocks cannot be exact, and why."""
+
+    key: str
+    value: Any
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What must be known of a model family to expand it exactly.
 
+    Names of tensors are those of the dialect it was asked for, see `family_for`: some checkpoints leave the
+    base model's prefix away, and models of several towers put one more before it.
+
     Attributes:
         name: the family's name, as recorded in `expansion.json`.
         model_types: the `model_type` values of `config.json` it covers.
-        layers: prefix of the blocks, both in the files and in memory, e.g. `model.layers`.
+        prefix: what the names of the base model begin with, e.g. `model.`.
+        layers: prefix of the blocks, e.g. `model.layers`.
+        section: key of `config.json` that holds this model's config, where it is one tower of several.
         depth_key: config key that holds the number of blocks.
-        per_layer_keys: config keys whose value is a list with one entry a block.
-        block_required: block tensors every block has, relative to `<layers>.<i>.`.
-        block_optional: block tensors that some checkpoints have.
-        block_buffers: those of them that a live model computes itself: never trained, so not in a pack.
-        residual_writes: block tensor -> constant that makes its sub-layer add nothing.
+        trailing_key: config key that holds a number of further blocks behind the last, which predict tokens
+            further ahead and are no part of the model that transformers loads.
+        numbered: name before a number -> config key that says how many there are, e.g. of experts.
+        per_layer: config values that depend on a block's number.
+        block: the tensors of a block.
+        buffers: those of them that a live model computes itself: never trained, so not in a pack.
+        residual_writes: block tensor -> constant that makes its sub-layer add nothing. Names in memory stand
+            beside those of the files where they differ.
+        projections: the last matrices of the sub-layers, where the residual writes are others: what other
+            tools fill with zeros.
         outside_required: tensors outside the blocks that every checkpoint has.
         outside_optional: tensors outside the blocks that some checkpoints have.
         tied: tensor -> the tensor it repeats when embeddings are tied.
+        tied_by_default: whether they are tied where the config does not say.
+        refusals: config values with which it cannot be expanded.
     """
 
     name: str
     model_types: tuple[str, ...]
+    prefix: str
     layers: str
+    section: str | None = None
     depth_key: str
-    per_layer_keys: tuple[str, ...]
-    block_required: tuple[str, ...]
-    block_optional: tuple[str, ...]
-    block_buffers: tuple[str, ...]
+    trailing_key: str | None
+    numbered: Mapping[str, str]
+    per_layer: PerLayer
+    block: tuple[Alternative, ...]
+    buffers: frozenset[str]
     residual_writes: Mapping[str, float]
+    projections: frozenset[str]
     outside_required: tuple[str, ...]
     outside_optional: tuple[str, ...]
     tied: Mapping[str, str]
+    tied_by_default: bool
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a block, of each of which it has one alternative."""
+        return tuple(dict.fromkeys(alternative.part for alternative in self.block))
 
     def split(self, tensor: str) -> tuple[int, str] | None:
         """Return (block index, name inside the block), or None for a tensor outside the blocks.
@@ -60,22 +114,73 @@ class Family:
         """Return the full name of tensor `rest` of block `block`."""
         return f"{self.layers}.{block}.{rest}"
 
+    def fill(self, rest: str) -> float | None:
+        """Return the constant that makes residual write `rest` of a block add nothing; None for others."""
+        return self.residual_writes.get(generic(rest))
+
+    def is_buffer(self, rest: str) -> bool:
+        """Return whether a live model computes tensor `rest` of a block itself."""
+        return generic(rest) in self.buffers
+
+    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the part of `config.json` that describes this model's blocks."""
+        found = config[self.section] if self.section else config
+        assert isinstance(found, Mapping)
+        return found
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Return whether head and embeddings are one matrix."""
+        tied = self.text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        return self.tied_by_default if tied is None else bool(tied)
+
+    def in_dialect(self, prefix: str, head: str) -> "Family":
+        """Return the family with other prefixes before the names of the base model and of the head."""
+
+        def rename(name: str) -> str:
+            inside = name.startswith(self.prefix)
+            return prefix + name[len(self.prefix) :] if inside else head + name
+
+        return replace(
+            self,
+            prefix=prefix,
+            layers=rename(self.layers),
+            outside_required=tuple(map(rename, self.outside_required)),
+            outside_optional=tuple(map(rename, self.outside_optional)),
+            tied={rename(name): rename(other) for name, other in self.tied.items()},
+        )
+
 
 def _parse(text: str) -> Family:
     raw = tomllib.loads(text)
+    outside = raw["outside"]
     return Family(
         name=raw["name"],
         model_types=tuple(raw["model_types"]),
-        layers=raw["layers"],
+        prefix=raw["prefix"],
+        layers=raw["prefix"] + raw["layers"],
         depth_key=raw["depth_key"],
-        per_layer_keys=tuple(raw["per_layer_keys"]),
-        block_required=tuple(raw["block"]["required"]),
-        block_optional=tuple(raw["block"]["optional"]),
-        block_buffers=tuple(raw["block"]["buffers"]),
-        residual_writes=raw["residual_writes"],
-        outside_required=tuple(raw["outside"]["required"]),
-        outside_optional=tuple(raw["outside"]["optional"]),
-        tied=raw["tied"],
+        trailing_key=raw.get("trailing_key"),
+        numbered=raw.get("numbered", {}),
+        per_layer=PerLayer.parse(raw.get("per_layer", {})),
+        block=tuple(_alternative(part) for part in raw["block"]),
+        buffers=frozenset(spell_out(raw.get("buffers", ()))),
+        residual_writes={
+            name: value for pattern, value in raw["residual_writes"].items() for name in spell_out([pattern])
+        },
+        projections=frozenset(spell_out(raw.get("projections", ()))),
+        outside_required=spell_out(outside["required"]),
+        outside_optional=spell_out(outside.get("optional", ())),
+        tied=raw.get("tied", {}),
+        tied_by_default=raw["tied_by_default"],
+        refusals=tuple(Refusal(**refusal) for refusal in raw.get("refuse", ())),
+    )
+
+
+def _alternative(raw: Mapping[str, Any]) -> Alternative:
+    return Alternative(
+        part=raw["part"],
+        required=spell_out(raw.get("required", ())),
+        optional=spell_out(raw.get("optional", ())),
     )
 
 
@@ -84,22 +189,69 @@ def load_families() -> tuple[Family, ...]:
     """Read every family file of the package, by name."""
     folder = files("deepen.families")
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return tuple(_parse((folder / name).read_text()) for name in names)
+    return tuple(_parse((folder / name).read_text()) for name in names if name != REFUSALS)
 
 
-def family_for(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """Return the family of a parsed `config.json`.
+@cache
+def load_refusals() -> Mapping[str, Any]:
+    """Read the models that cannot be expanded exactly: `model_types` and `keys`, each with the reason."""
+    return tomllib.loads((files("deepen.families") / REFUSALS).read_text())
+
+
+def family_for(config: Mapping[str, Any], names: Iterable[str] = (), where: str = "config.json") -> Family:
+    """Return the family of a model, in the dialect of its tensors.
+
+    Args:
+        config: the parsed `config.json`.
+        names: the names of its tensors; default: those that transformers uses in memory.
+        where: the config, for messages.
 
     Raises:
-        FamilyError: `model_type` is absent or not one deepen describes.
+        FamilyError: deepen does not describe `model_type`, or knows that new blocks cannot be exact in it.
     """
-    model_type = config.get("model_type")
-    if config.get("per_layer_config"):
+    family = _by_model_type(config.get("model_type"))
+    text = config.get("text_config")
+    if family is None and isinstance(text, Mapping):
+        _refuse_known(config, text, where)
+        family = _by_model_type(text.get("model_type"))
+        family = replace(family, section="text_config") if family else None
+    _refuse_known(config, family.text_config(config) if family else config, where)
+    if family is None:
+        known = ", ".join(sorted(t for each in load_families() for t in each.model_types))
         raise FamilyError(
-            f"{where}: per_layer_config: models whose blocks differ in config are not supported"
+            f"{where}: model_type {config.get('model_type')!r} is not a family deepen knows\n(known: {known})"
         )
-    for family in load_families():
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(sorted(t for family in load_families() for t in family.model_types))
-    raise FamilyError(f"{where}: model_type {model_type!r} is not a family deepen knows\n(known: {known})")
+    _refuse_values(family, config, where)
+    return _in_dialect_of(family, names)
+
+
+def _by_model_type(model_type: Any) -> Family | None:
+    return next((f for f in load_families() if model_type in f.model_types), None)
+
+
+def _refuse_known(config: Mapping[str, Any], text: Mapping[str, Any], where: str) -> None:
+    refused = load_refusals()
+    for key, why in refused["keys"].items():
+        if text.get(key):
+            raise FamilyError(f"{where}: {key}: {why}")
+    for model_type in (config.get("model_type"), text.get("model_type")):
+        if isinstance(model_type, str) and (why := refused["model_types"].get(model_type)):
+            raise FamilyError(f"{where}: model_type {model_type!r} cannot be expanded exactly: {why}")
+
+
+def _refuse_values(family: Family, config: Mapping[str, Any], where: str) -> None:
+    text = family.text_config(config)
+    for refusal in family.refusals:
+        if text.get(refusal.key) == refusal.value:
+            raise FamilyError(f"{where}: {refusal.key} is {refusal.value!r}: {refusal.why}")
+
+
+def _in_dialect_of(family: Family, names: Iterable[str]) -> Family:
+    """Choose the prefixes under which the names hold blocks; the usual ones where none do."""
+    names = list(names)
+    towers = _TOWERS if family.section else ()
+    for prefix, head in ((family.prefix, ""), *towers, ("", "")):
+        spoken = family.in_dialect(prefix, head)
+        if any(map(spoken.split, names)):
+            return spoken
+    return family.in_dialect(*towers[0]) if towers else family

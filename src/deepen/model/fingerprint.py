@@ -70,7 +70,7 @@ def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str,
         repeated: give a tied tensor under both names, as some files do; default: once.
     """
     expansion, family = find_expansion(model), family_of(model)
-    tied = family.tied if model.config.tie_word_embeddings and not repeated else {}
+    tied = family.tied if family.is_tied(model.config.to_dict()) and not repeated else {}
     named = {}
     for name, tensor in model.state_dict().items():
         original = base_name(expansion, family, name) if expansion else name

@@ -69,7 +69,7 @@ def _check_fillable(blocks: nn.ModuleList, family: Family) -> None:
     """Refuse packed weights: zero bytes of a quantised matrix need not mean zero."""
     for index, block in enumerate(blocks):
         for name, tensor in block.state_dict().items():
-            if name in family.residual_writes and tensor.dtype not in DTYPES.values():
+            if family.fill(name) is not None and tensor.dtype not in DTYPES.values():
                 raise FamilyError(
                     f"tensor {family.join(index, name)!r} is {str(tensor.dtype).removeprefix('torch.')}: "
                     "a quantised model cannot be expanded; load it unquantised"
@@ -100,6 +100,6 @@ def _identity_copy(block: nn.Module, family: Family) -> nn.Module:
     new = copy.deepcopy(block)
     with torch.no_grad():
         for name, tensor in new.state_dict(keep_vars=True).items():
-            if name in family.residual_writes:
-                tensor.fill_(family.residual_writes[name])
+            if (value := family.fill(name)) is not None:
+                tensor.fill_(value)
     return new

@@ -16,7 +16,8 @@ def family_of(model: PreTrainedModel) -> Family:
     Raises:
         FamilyError: deepen does not know it.
     """
-    return family_for(model.config.to_dict(), type(model).__name__)
+    modules = (f"{name}." for name, _ in model.named_modules())
+    return family_for(model.config.to_dict(), modules, type(model).__name__)
 
 
 def blocks_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
@@ -38,7 +39,7 @@ def blocks_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
 
 def depth_config(model: PreTrainedModel, family: Family) -> dict[str, Any]:
     """Return the config values that depend on the number of blocks."""
-    return {key: getattr(model.config, key) for key in (family.depth_key, *family.per_layer_keys)}
+    return {key: getattr(model.config, key) for key in (family.depth_key, *family.per_layer.keys)}
 
 
 def install_blocks(

@@ -149,13 +149,13 @@ def _collect(faults: list[str], place: str, work: Callable[[], _T]) -> _T | None
 
 def _is_buffer(name: str, family: Family) -> bool:
     place = family.split(name)
-    return place is not None and place[1] in family.block_buffers
+    return place is not None and family.is_buffer(place[1])
 
 
 def _count(base: Base, layout: Layout | None) -> Parameters:
     """Count from the headers; a tied head that the files repeat counts once."""
     checkpoint, family = base.checkpoint, base.family
-    tied = family.tied if checkpoint.config.get("tie_word_embeddings", False) else {}
+    tied = family.tied if family.is_tied(checkpoint.config) else {}
     parameters = (tensor for name, tensor in checkpoint.tensors.items() if name not in tied)
     tensors = [tensor for tensor in parameters if not _is_buffer(tensor.name, family)]
     total = count_parameters(tensors)
