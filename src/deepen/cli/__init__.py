@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "expand": "deepen.cli.expand",
     "verify": "deepen.cli.verify",
     "blocks": "deepen.cli.blocks",
+    "import": "deepen.cli.import_model",
     "run": "deepen.cli.run",
     "compare": "deepen.cli.compare",
     "report": "deepen.cli.report",
