@@ -181,6 +181,10 @@ class TrainSection(Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
 
+    recompute: Literal["none", "auto", "full"] = "auto"
+    """Activation checkpointing: blocks that compute their forward pass again in the backward pass to save
+    memory. `auto`: as few as the memory asks for, frozen ones first. Does not change the result."""
+
     compile: bool = False
     """Compile the blocks; slow first step, faster afterwards."""
 

@@ -12,7 +12,6 @@ from deepen.errors import CheckFailed, TrainingError
 from deepen.expansion import Fingerprint
 from deepen.methods import METHODS, Method
 from deepen.model import base_fingerprint, base_tensors, compare_probes, insert_blocks, load, probe_logits
-from deepen.model.structure import blocks_of
 from deepen.pipeline.plan import RunPlan
 from deepen.records import AuditResult, IdentityResult
 
@@ -72,9 +71,6 @@ def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype
         insert_blocks(model, plan.layout, base=plan.recipe.base, fingerprint=fingerprint)
     parameters = method.prepare(model)
     identity = _prove_identity(plan, before, _probe(model, autocast)) if before else None
-    if plan.recipe.train.compile:
-        for block in blocks_of(model, plan.base.family):
-            block.compile()
     return Trainee(model=model, method=method, parameters=parameters, autocast=autocast, identity=identity)
 
 

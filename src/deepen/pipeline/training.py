@@ -12,6 +12,7 @@ from deepen.errors import DataError, Interrupted
 from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import nats_per_token
 from deepen.pipeline.directory import RunDirectory
+from deepen.pipeline.memory import fit_memory
 from deepen.pipeline.plan import RunPlan
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.trainee import Trainee
@@ -49,6 +50,7 @@ def train_to_the_end(
     """
     section = plan.recipe.train
     torch.manual_seed(section.seed)
+    fit_memory(plan, trainee, reporter)
     optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, reporter)

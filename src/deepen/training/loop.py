@@ -7,9 +7,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
+from transformers import PreTrainedModel
 
 from deepen.errors import Interrupted, TrainingError
+from deepen.training.loss import summed_loss
 from deepen.training.schedule import learning_rate
 
 
@@ -95,7 +96,7 @@ class Hooks:
 
 
 def train(
-    model: nn.Module,
+    model: PreTrainedModel,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int, int], Batch],
@@ -107,7 +108,7 @@ def train(
     """Train `parameters` from step `first_step` to the last.
 
     Args:
-        model: a causal LM whose forward returns `.logits` [batch, length, vocabulary].
+        model: a causal LM.
         parameters: what trains, by name; everything else of the model has requires_grad False.
         optimizer: over exactly these parameters.
         batch_at: the batch of (step, windows), a pure function: resuming costs nothing.
@@ -135,7 +136,7 @@ def train(
 
 
 def _step(
-    model: nn.Module,
+    model: PreTrainedModel,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     batch: Batch,
@@ -166,7 +167,7 @@ def _step(
     )
 
 
-def _accumulate(model: nn.Module, tokens: torch.Tensor, settings: Settings) -> float:
+def _accumulate(model: PreTrainedModel, tokens: torch.Tensor, settings: Settings) -> float:
     """Add up gradients over micro-batches, each divided by the *step's* tokens, and return the mean loss."""
     device = next(model.parameters()).device
     total = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -174,8 +175,7 @@ def _accumulate(model: nn.Module, tokens: torch.Tensor, settings: Settings) -> f
     for rows in torch.split(tokens, settings.micro_batch):
         rows = rows.to(device)
         with _autocast(device, settings.autocast):
-            logits = model(input_ids=rows[:, :-1], use_cache=False).logits
-        nll = functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
+            nll = summed_loss(model, rows)
         (nll / total).backward()  # type: ignore[no-untyped-call]
         summed += nll.detach().to(summed)
     return (summed / total).item()

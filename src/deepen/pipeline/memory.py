@@ -1,0 +1,46 @@
+"""Making a training step fit: which blocks are computed again, and compiled."""
+
+from contextlib import nullcontext
+
+import torch
+
+from deepen.model.structure import blocks_of
+from deepen.pipeline.plan import RunPlan
+from deepen.pipeline.reporter import Reporter
+from deepen.pipeline.trainee import Trainee
+from deepen.training.recompute import choose_blocks, free_memory, measure_blocks, recompute
+
+# What AdamW in fp32 adds for each parameter that trains: its gradient and two moments.
+_OPTIMIZER_BYTES = 12
+
+
+def fit_memory(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> None:
+    """Choose the blocks that are computed again in the backward pass; compile blocks where asked.
+
+    A micro-batch of the run's size is run forward, one block's activations in memory at a time, and what is
+    left of the memory after gradients and optimiser decides (`train.recompute: auto`).
+    """
+    model, mode = trainee.model, plan.recipe.train.recompute
+    blocks = list(blocks_of(model, plan.base.family))
+    if mode != "none":
+        shape = (plan.micro_batch, plan.recipe.data.sequence_length)
+        tokens = torch.zeros(shape, dtype=torch.long, device=model.device)
+        computing = torch.autocast(model.device.type, dtype=trainee.autocast) if trainee.autocast else None
+
+        def forward() -> None:
+            with computing or nullcontext():
+                model.base_model(input_ids=tokens, use_cache=False)
+
+        model.train()
+        with torch.random.fork_rng():
+            memory = measure_blocks(blocks, forward)
+        budget = free_memory(model.device) - _OPTIMIZER_BYTES * sum(
+            parameter.numel() for parameter in trainee.parameters.values()
+        )
+        chosen = choose_blocks(memory, mode, budget)
+        recompute([blocks[index] for index in chosen])
+        if chosen:
+            reporter.note(f"computed again in the backward pass: blocks {', '.join(map(str, chosen))}")
+    if plan.recipe.train.compile:
+        for block in blocks:
+            block.compile()

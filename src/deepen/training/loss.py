@@ -1,0 +1,127 @@
+"""The language-modelling loss without the logits of a whole batch in memory.
+
+The head is run on some positions at a time, and each part's gradient is taken at once, so that neither its
+logits nor anything else of it is kept: with a frozen head that is one forward and one backward product, the
+least there is, and memory for one part. What a model class does to its logits (scaling, soft capping) is
+done by its own forward.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+# Elements of the logits held at a time: 64 MB in fp32.
+_MOST_LOGITS: Final = 2**24
+
+
+def summed_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the negative log-likelihoods of each token given those before it, in nats.
+
+    Equal, but for the order of additions, to cross-entropy of `model(tokens[:, :-1]).logits` in fp32.
+
+    Args:
+        model: a causal language model.
+        tokens: token ids [windows, length + 1].
+
+    Returns:
+        A scalar in fp32 to call `backward` on, once.
+    """
+    states = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+    head = _trainable_head(model)
+    loss: torch.Tensor = _HeadLoss.apply(states, model, tokens[:, 1:], *head)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _trainable_head(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the trainable parameters behind the base model; of a tied head, the embeddings."""
+    inside = {id(module) for module in model.base_model.modules()}
+    outer = [module for module in model.modules() if id(module) not in inside and module is not model]
+    own = {id(p): p for module in outer for p in module.parameters(recurse=False) if p.requires_grad}
+    return list(own.values())
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy of the head's logits; gradients are made in the forward pass, part by part."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, states: torch.Tensor, model: PreTrainedModel, labels: torch.Tensor, *head: nn.Parameter
+    ) -> torch.Tensor:
+        step = max(1, _MOST_LOGITS // (model.config.get_text_config().vocab_size * len(states)))
+        total = torch.zeros((), device=states.device)
+        upstream = torch.empty_like(states) if states.requires_grad else None
+        gradients = [torch.zeros_like(parameter) for parameter in head]
+        with _only_head(model) as run:
+            for begin in range(0, states.shape[1], step):
+                end = begin + step
+                part = states[:, begin:end].detach().requires_grad_(upstream is not None)
+                with torch.enable_grad():
+                    loss = _cross_entropy(run(part), labels[:, begin:end])
+                found = torch.autograd.grad(loss, [*([part] if upstream is not None else []), *head])
+                if upstream is not None:
+                    upstream[:, begin:end], *found = found  # type: ignore[assignment]
+                for gradient, more in zip(gradients, found, strict=True):
+                    gradient += more
+                total += loss.detach()
+        ctx.upstream, ctx.gradients = upstream, gradients
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        # In place: nothing else refers to them, and a copy would be as large as the states.
+        scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in (ctx.upstream, *ctx.gradients)]
+        ctx.upstream, ctx.gradients = None, []
+        return scaled[0], None, None, *scaled[1:]
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
+class _Output:
+    """What a base model returns, of which there is nothing but the states."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, key: Any) -> Any:
+        return (self.last_hidden_state,)[key]
+
+
+class _Given(nn.Module):
+    """Stands in for the base model: whatever it is called with, it gives back the states it was given."""
+
+    states: torch.Tensor
+
+    @property
+    def decoder(self) -> "_Given":
+        """OPT's head calls the part of its base model that does the work."""
+        return self
+
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        return _Output(self.states)
+
+
+@contextmanager
+def _only_head(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Give a function that turns final states into logits by the model's own forward."""
+    name, base, given = model.base_model_prefix, model.base_model, _Given()
+
+    def run(states: torch.Tensor) -> torch.Tensor:
+        given.states = states
+        logits: torch.Tensor = model(inputs_embeds=states, use_cache=False).logits
+        return logits
+
+    setattr(model, name, given)
+    try:
+        yield run
+    finally:
+        setattr(model, name, base)
