@@ -64,6 +64,12 @@ class TextSet(Section):
     split: str = "train"
     """Split of the hub dataset."""
 
+    revision: str | None = None
+    """Commit, tag or branch of the hub dataset; default: the newest commit."""
+
+    stream: bool = False
+    """Read the hub dataset as it arrives, with no copy of it on disk but the corpus."""
+
     field: str | None = None
     """Key that holds the text in a record; default `text`."""
 
@@ -79,6 +85,8 @@ class TextSet(Section):
             raise ValueError("give either path or hub")
         if self.field is not None and self.template is not None:
             raise ValueError("give either field or template")
+        if self.hub is None and (self.stream or self.revision is not None):
+            raise ValueError("stream and revision are for hub datasets")
         return self
 
     @property
@@ -120,6 +128,26 @@ class ExpandSection(Section):
         return self
 
 
+class DecontaminateSection(Section):
+    """Training documents that share a run of words with an evaluation text."""
+
+    ngram: Annotated[Count, Field(ge=8)] = 13
+    """Words in a run. Case and punctuation do not count."""
+
+    action: Literal["drop", "report"] = "drop"
+    """`drop` leaves such documents out of training; `report` only counts them."""
+
+
+class DeduplicateSection(Section):
+    """Training documents that are nearly the same as one before them, in any source."""
+
+    similarity: Annotated[Positive, Field(ge=0.6, le=1)] = 0.8
+    """Least share of equal five-word runs (Jaccard, estimated by MinHash) that makes a duplicate."""
+
+    action: Literal["drop", "report"] = "drop"
+    """`drop` keeps the first of them; `report` only counts them."""
+
+
 class DataSection(Section):
     """What is trained on and how it is cut."""
 
@@ -128,6 +156,18 @@ class DataSection(Section):
 
     sources: Annotated[tuple[Source, ...], BeforeValidator(_sequence), Field(min_length=1)]
     """The mixture."""
+
+    packing: Literal["stream", "best_fit"] = "stream"
+    """`stream`: documents end to end, cut every window. `best_fit`: documents whole wherever one fits."""
+
+    document_masks: bool = False
+    """No token attends to, or is predicted from, another document; positions restart with each."""
+
+    decontaminate: DecontaminateSection | None = None
+    """Check the sources against the evaluation texts and the held-out documents; null: no check."""
+
+    deduplicate: DeduplicateSection | None = None
+    """Check the sources for near-duplicates; null: no check."""
 
     heldout: Share = 0.0
     """Share of every source's documents kept out of training; they are evaluated as domain text."""

@@ -11,7 +11,7 @@ from deepen.checkpoint import Checkpoint, full_fingerprint
 from deepen.errors import CheckFailed, TrainingError
 from deepen.expansion import Fingerprint
 from deepen.methods import METHODS, Method
-from deepen.model import base_fingerprint, base_tensors, compare_probes, insert_blocks, load, probe_logits
+from deepen.model import base_fingerprint, base_names, compare_probes, insert_blocks, load, probe_logits
 from deepen.pipeline.plan import RunPlan
 from deepen.records import AuditResult, IdentityResult
 
@@ -106,7 +106,7 @@ def audit_base(plan: RunPlan, model: PreTrainedModel) -> AuditResult:
     Raises:
         CheckFailed: a base tensor moved.
     """
-    live = base_tensors(model, repeated=True)
+    live = base_names(model)
     dtypes = {name: tensor.dtype for name, tensor in plan.base.checkpoint.tensors.items() if name in live}
     before = full_fingerprint(plan.base.checkpoint, lambda name: name if name in dtypes else None)
     after = base_fingerprint(model, "full", dtypes)

@@ -49,7 +49,7 @@ class _HeadLoss(torch.autograd.Function):
     """Cross-entropy of the head's logits; gradients are made in the forward pass, part by part."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, states: torch.Tensor, model: PreTrainedModel, labels: torch.Tensor, *head: nn.Parameter
     ) -> torch.Tensor:
         step = max(1, _MOST_LOGITS // (model.config.get_text_config().vocab_size * len(states)))
@@ -72,7 +72,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In place: nothing else refers to them, and a copy would be as large as the states.
         scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in (ctx.upstream, *ctx.gradients)]
         ctx.upstream, ctx.gradients = None, []
