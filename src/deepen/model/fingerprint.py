@@ -72,8 +72,19 @@ def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str,
     expansion, family = find_expansion(model), family_of(model)
     tied = family.tied if family.is_tied(model.config.to_dict()) and not repeated else {}
     named = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in without_adapters(model.state_dict()).items():
         original = base_name(expansion, family, name) if expansion else name
         if original is not None and original not in tied:
             named[original] = tensor
     return named
+
+
+def without_adapters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state without what peft's adapters have added to it, under the names it had before them."""
+    plain = {}
+    for name, tensor in state.items():
+        if ".lora_" in name or ".adaption_" in name:
+            continue
+        # Where peft keeps the layer that it wraps: LoRA's, and LLaMA-Adapter's attention.
+        plain[name.replace(".base_layer.", ".").replace(".self_attn.model.", ".self_attn.")] = tensor
+    return plain
