@@ -248,6 +248,9 @@ class TrainSection(Section):
     checkpoint_every: Count | None = None
     """Steps between checkpoints; default: a tenth of the run."""
 
+    log: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_sequence)] = ()
+    """Where metrics are shown besides `metrics.jsonl`; each needs its package installed."""
+
     keep_checkpoints: Count = 2
     """Checkpoints kept; older ones are removed."""
 
