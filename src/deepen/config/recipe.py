@@ -179,11 +179,62 @@ class DataSection(Section):
     """Processes that tokenise. With 1 a fast tokenizer uses threads of its own, which is often faster."""
 
 
+class LoraSection(Section):
+    """Settings of method `lora`."""
+
+    rank: Count = 16
+    """r, the rank of the two factors."""
+
+    alpha: Count | None = None
+    """Scale of the adapter, divided by r (`rslora`: by its root); default: 2 r."""
+
+    dropout: Share = 0.0
+    """Dropout before the adapter."""
+
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """`lora`, rank-stabilised (`rslora`), or with magnitudes apart from directions (`dora`)."""
+
+
+class FreezeSection(Section):
+    """Settings of method `freeze`."""
+
+    blocks: Count = 1
+    """Number of base blocks that train."""
+
+    placement: Literal["interleaved", "suffix", "prefix"] = "interleaved"
+    """Which: those that new blocks so placed would copy."""
+
+
+class PromptSection(Section):
+    """Settings of method `prompt`."""
+
+    length: Count = 10
+    """Learned prompt positions in each block."""
+
+    blocks: Count | None = None
+    """Number of blocks that have them, from the top; default: all."""
+
+
 class TrainSection(Section):
     """How the trainable parameters are trained."""
 
-    method: Literal["blocks", "full"] = "blocks"
-    """What trains: the new blocks, or every parameter of the base (no expansion)."""
+    method: Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt"] = "blocks"
+    """What trains: the new blocks; or, without expansion, every parameter (`full`), low-rank adapters
+    (`lora`), some of the base's blocks (`freeze`), a second expert in each feed-forward (`moe`, the paper's
+    control), norms, biases and scales (`scale`, LLaMA-Adapter V2), or attention prompts (`prompt`,
+    LLaMA-Adapter)."""
+
+    lora: LoraSection = LoraSection()
+    """For method `lora`."""
+
+    freeze: FreezeSection = FreezeSection()
+    """For method `freeze`."""
+
+    prompt: PromptSection = PromptSection()
+    """For method `prompt`."""
+
+    match_parameters: Count | None = None
+    """Trainable parameters to come as near to as possible: decides `lora.rank` or `freeze.blocks`."""
 
     tokens: Count
     """Token budget; rounded up to whole steps."""
@@ -237,6 +288,9 @@ class TrainSection(Section):
     checkpoint_every: Count | None = None
     """Steps between checkpoints; default: a tenth of the run."""
 
+    log: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_sequence)] = ()
+    """Where metrics are shown besides `metrics.jsonl`; each needs its package installed."""
+
     keep_checkpoints: Count = 2
     """Checkpoints kept; older ones are removed."""
 
@@ -280,8 +334,10 @@ class Recipe(Section):
         faults = []
         if train.method == "blocks" and expand is None:
             faults.append("method blocks needs an expand section (for example expand: {blocks: 8})")
-        if train.method == "full" and isinstance(expand, ExpandSection):
-            faults.append("method full trains the base itself; remove the expand section")
+        if train.method != "blocks" and isinstance(expand, ExpandSection):
+            faults.append(f"method {train.method} trains on the base itself; remove the expand section")
+        if train.match_parameters and train.method not in ("lora", "freeze"):
+            faults.append(f"match_parameters has nothing to choose in method {train.method}")
         if data and train.batch_tokens < data.sequence_length:
             faults.append(
                 f"batch_tokens {train.batch_tokens} is less than one window of "

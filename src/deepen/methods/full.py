@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import CONFIG, INDEX, Checkpoint, Shard, atomic_directory
+from deepen.expansion import Progress
 from deepen.expansion.carry import carry
 from deepen.methods.method import widen
 from deepen.model import DTYPES, base_tensors, parameter_dtypes, save_tensors
@@ -45,6 +46,12 @@ class Full:
             if base.index is not None:
                 shutil.copyfile(base.directory / INDEX, staged / INDEX)
         return target
+
+    def merge(
+        self, model: PreTrainedModel, run: Path, base: Checkpoint, progress: Progress | None
+    ) -> Path | None:
+        """Return None: what is saved is an ordinary checkpoint."""
+        return None
 
 
 def _save_shard(shard: Shard, trained: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -98,7 +98,7 @@ def _parts(
     """`base_tensors` block by block: of fused experts, the form they have in files is a copy."""
     names, family = file_names(model), family_of(model)
     parts: dict[int | None, dict[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _without_adapters(model.state_dict()).items():
         place = family.split(name)
         block = place[0] if place else None
         if layout is None or block not in layout.new_indices:
@@ -155,3 +155,14 @@ def _equals(parts: Iterable[Mapping[str, torch.Tensor]], files: Checkpoint) -> b
                 if not torch.equal(stored, live):
                     return False
     return True
+
+
+def _without_adapters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state without what peft's adapters have added to it, under the names it had before them."""
+    plain = {}
+    for name, tensor in state.items():
+        if ".lora_" in name or ".adaption_" in name:
+            continue
+        # Where peft keeps the layer that it wraps: LoRA's, and LLaMA-Adapter's attention.
+        plain[name.replace(".base_layer.", ".").replace(".self_attn.model.", ".self_attn.")] = tensor
+    return plain

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from deepen.blocks import merge_pack
 from deepen.checkpoint import write_file
 from deepen.config import Recipe
 from deepen.data.evaluation_text import EvaluationText
@@ -96,13 +95,10 @@ def _run(plan: RunPlan, directory: RunDirectory, reporter: Reporter) -> RunResul
 def _save(plan: RunPlan, trainee: Trainee, directory: RunDirectory, reporter: Reporter) -> list[Path]:
     reporter.stage("saving")
     outputs = [trainee.method.save(trainee.model, directory.root, plan.base.checkpoint)]
-    if plan.recipe.merge and trainee.method.keeps_base:
+    if plan.recipe.merge:
         reporter.stage("merging")
-        merged = directory.root / "model"
-        merge_pack(
-            plan.base.checkpoint.directory, outputs[0], merged, overwrite=True, progress=reporter.progress
-        )
-        outputs.append(merged)
+        merged = trainee.method.merge(trainee.model, directory.root, plan.base.checkpoint, reporter.progress)
+        outputs += [merged] if merged else []
     return outputs
 
 
@@ -150,11 +146,12 @@ def _finish(
     outputs: Sequence[Path],
     directory: RunDirectory,
 ) -> RunResult:
+    trainable = sum(parameter.numel() for parameter in trainee.parameters.values())
     result = RunResult(
         method=trainee.method.name,
         base=plan.recipe.base,
         layout=plan.layout.draw() if plan.layout else None,
-        parameters=plan.parameters,
+        parameters=plan.parameters.model_copy(update={"trainable": trainable}),
         steps=plan.steps,
         tokens=plan.tokens,
         seconds=round(seconds, 2),

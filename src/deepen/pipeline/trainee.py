@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from deepen.checkpoint import Checkpoint, full_fingerprint
 from deepen.errors import CheckFailed, TrainingError
 from deepen.expansion import Fingerprint
-from deepen.methods import METHODS, Method
+from deepen.methods import Method, build_method
 from deepen.model import base_fingerprint, base_names, compare_probes, insert_blocks, load, probe_logits
 from deepen.pipeline.plan import RunPlan
 from deepen.records import AuditResult, IdentityResult
@@ -42,7 +42,7 @@ def load_base(plan: RunPlan) -> tuple[PreTrainedModel, torch.dtype | None]:
     precision = section.precision
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
-    wide = precision == "fp32" or section.method == "full"
+    wide = precision == "fp32" or section.method in ("full", "freeze", "scale")
     model = load(plan.base.checkpoint.directory, dtype=torch.float32 if wide else None, device=device)
     return model, torch.bfloat16 if precision == "bf16" else None
 
@@ -64,7 +64,7 @@ def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype
     Raises:
         CheckFailed: the expanded model is not the base.
     """
-    method = METHODS[plan.recipe.train.method]
+    method = build_method(plan.recipe.train)
     before = _probe(model, autocast) if plan.layout else None
     if plan.layout:
         fingerprint = Fingerprint(fast=plan.fingerprint)
