@@ -19,7 +19,7 @@ from deepen.records import RunResult, read_record
 # by rounding at most.
 _HOW: Final = (
     *(("data", "cache"), ("data", "workers")),
-    *(("train", "micro_batch"), ("train", "device"), ("train", "compile")),
+    *(("train", "micro_batch"), ("train", "device"), ("train", "parallel"), ("train", "compile")),
     *(("train", "checkpoint_every"), ("train", "keep_checkpoints")),
 )
 
