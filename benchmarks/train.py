@@ -116,7 +116,7 @@ class Bench:
             begin = self._now()
             tokens = batch.to(self.device)
             with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-                loss = summed_loss(model, tokens)
+                loss = summed_loss(model, tokens[:, :-1], tokens[:, 1:])
             (loss / tokens[:, 1:].numel()).backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()

@@ -46,7 +46,7 @@ def one_step(model, parameters):
         group["lr"] = 0.05
     model.train()
     for _ in range(2):  # the first moves only what the zeros let it
-        summed_loss(model, TOKENS).backward()
+        summed_loss(model, TOKENS[:, :-1], TOKENS[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()

@@ -30,6 +30,13 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Expand, train, evaluate and report, as a recipe says."""
+    # torchrun starts many of us: the first one checks, writes and prints, the others do as it says.
+    from deepen.training.launch import launch_rank, launched
+
+    if launch_rank():
+        if not dry_run:
+            _follow()
+        return
     # None of these imports torch: what is wrong with the recipe or the output is said at once.
     from deepen.config import load_recipe
     from deepen.pipeline.directory import check_run
@@ -42,7 +49,9 @@ def run(
     result = check_run(asked, resume=resume, overwrite=overwrite)
     if result is None:
         plan_run(asked)
-    result = _finished(asked, result) if result else _run(asked, resume, overwrite)
+    # A process that is not alone tells the others that there is nothing to do.
+    alone = not launched()
+    result = _finished(asked, result) if result and alone else _run(asked, resume, overwrite)
     _report(Path(asked.output), result, as_json)
 
 
@@ -53,6 +62,14 @@ def _finished(recipe: "Recipe", result: "RunResult") -> "RunResult":
     print(f"{recipe.output}: already finished; nothing to do", file=sys.stderr)
     complete_pages(Path(recipe.output))
     return result
+
+
+def _follow() -> None:
+    from deepen.cli.display import quiet_transformers
+    from deepen.pipeline.run import run_recipe
+
+    quiet_transformers()
+    run_recipe(None)
 
 
 def _run(recipe: "Recipe", resume: bool, overwrite: bool) -> "RunResult":

@@ -276,6 +276,11 @@ class TrainSection(Section):
     """Activation checkpointing: blocks that compute their forward pass again in the backward pass to save
     memory. `auto`: as few as the memory asks for, frozen ones first. Does not change the result."""
 
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun: `ddp`, the whole model on every device; `fsdp`, every tensor cut over the devices.
+    `auto`: `ddp` where weights, gradients and optimiser take at most 60% of a device. Does not change the
+    result."""
+
     compile: bool = False
     """Compile the blocks; slow first step, faster afterwards."""
 

@@ -1,40 +1,54 @@
 """One run from base to evaluated result. The only place where training meets evaluation."""
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from deepen.checkpoint import write_file
 from deepen.config import Recipe
 from deepen.data.evaluation_text import EvaluationText
-from deepen.evaluation.heldout import evaluate_texts
+from deepen.errors import CheckpointError
 from deepen.evaluation.record import build_record, nats_per_token
 from deepen.expansion import check_space
+from deepen.model import bypass
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
+from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import RunPlan, plan_run
 from deepen.pipeline.reporter import Reporter, Silent
-from deepen.pipeline.texts import load_evaluation, load_tokenizer, prepare_mixture
-from deepen.pipeline.trainee import Trainee, audit_base, load_base, prepare_trainee, round_to_saved
+from deepen.pipeline.scoring import score_texts
+from deepen.pipeline.texts import corpus_cache, load_evaluation, load_tokenizer, prepare_texts
+from deepen.pipeline.trainee import (
+    Trainee,
+    assemble_trainee,
+    audit_base,
+    load_base,
+    prepare_trainee,
+    round_to_saved,
+    spread_trainee,
+)
 from deepen.pipeline.training import train_to_the_end
 from deepen.records import AuditResult, Provenance, RunResult, capture_provenance
 from deepen.report import complete_pages
+from deepen.training.world import World, join_world
 
 Losses = Mapping[str, NDArray[np.float64]]
 
 
 def run_recipe(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None
+    recipe: Recipe | None, *, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None
 ) -> RunResult:
-    """Expand, verify, train, audit, evaluate, save and report. A finished run is returned as it is.
+    """Expand, verify, train, evaluate, audit, save and report. A finished run is returned as it is.
+
+    Under torchrun every process calls this, and all do what the first one was asked; only that one writes
+    and reports.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; may be None in all processes but the first.
         resume: continue an unfinished run from its newest valid checkpoint.
         overwrite: replace an earlier run in the same output.
         reporter: told what goes on.
@@ -43,53 +57,80 @@ def run_recipe(
         DeepenError: something is wrong with the recipe, the base, the texts or the output; or the run was
             stopped (`Interrupted`) or a proof failed (`CheckFailed`).
     """
-    reporter = reporter or Silent()
-    if finished := check_run(recipe, resume=resume, overwrite=overwrite):
-        reporter.note(f"{recipe.output}: already finished; nothing to do")
-    else:
-        plan = plan_run(recipe)
-        if not (resume or overwrite):
-            check_space(Path(recipe.output), plan.bytes_needed)
-        with open_run(recipe, resume=resume, overwrite=overwrite) as directory:
-            finished = _run(plan, directory, reporter)
-    complete_pages(Path(recipe.output))
+    with join_world() as world:
+        asked = world.first(lambda: recipe)
+        if asked is None:
+            raise TypeError("run_recipe: the first process has no recipe")
+        reporter = (reporter if world.is_first else None) or Silent()
+        finished = world.first(lambda: check_run(asked, resume=resume, overwrite=overwrite))
+        if finished:
+            reporter.note(f"{asked.output}: already finished; nothing to do")
+        else:
+            plan = world.first_then_rest(lambda: plan_run(asked))
+            with _opened(plan, resume, overwrite, world) as directory:
+                finished = _run(plan, directory, world, reporter)
+        world.first(lambda: complete_pages(Path(asked.output)))
     return finished
 
 
-def corpus_cache(recipe: Recipe) -> Path:
-    """Return the directory of tokenised corpora."""
-    default = os.environ.get("DEEPEN_CACHE") or Path.home() / ".cache" / "deepen"
-    return Path(recipe.data.cache or default)
+@contextmanager
+def _opened(plan: RunPlan, resume: bool, overwrite: bool, world: World) -> Iterator[RunDirectory]:
+    """Let the first process open the run's directory for all."""
+    recipe = plan.recipe
+    if len(set(world.gather(plan.fingerprint))) > 1:
+        raise CheckpointError(f"{recipe.base}: not all processes find the same base there")
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            if not (resume or overwrite):
+                check_space(Path(recipe.output), plan.bytes_needed)
+            stack.enter_context(open_run(recipe, resume=resume, overwrite=overwrite))
+
+        world.first(enter)
+        yield RunDirectory(Path(recipe.output))
 
 
-def _run(plan: RunPlan, directory: RunDirectory, reporter: Reporter) -> RunResult:
+def _run(plan: RunPlan, directory: RunDirectory, world: World, reporter: Reporter) -> RunResult:
     recipe, cache = plan.recipe, corpus_cache(plan.recipe)
     tokenizer = load_tokenizer(plan.base.checkpoint.directory)
-    mixture, corpora = prepare_mixture(plan, tokenizer, cache, reporter)
-    texts = load_evaluation(recipe, tokenizer, cache, corpora)
+    training = world.first_then_rest(lambda: prepare_texts(recipe, tokenizer, cache, reporter))
+    corpora, mixture = training.corpora, training.mixture
+    texts = world.first_then_rest(lambda: load_evaluation(recipe, tokenizer, cache, corpora))
     data = {source.label: corpus.digest for source, corpus in zip(recipe.data.sources, corpora, strict=True)}
+    if world.is_first and training.findings:
+        write_file(directory.findings, json.dumps(training.findings.to_json(), indent=1) + "\n")
     provenance = capture_provenance(seed=recipe.train.seed, data=data, accelerators=_accelerators())
-    if not directory.environment.exists():
+    if world.is_first and not directory.environment.exists():
         write_file(directory.environment, provenance.model_dump_json(indent=1) + "\n")
 
     reporter.stage("loading the base")
-    model, autocast = load_base(plan)
-    base_losses = _base_losses(plan, directory, model, texts, autocast, reporter)
+    place = choose_place(plan, world)
+    model, autocast = load_base(plan, place)
     reporter.stage("proving identity" if plan.layout else "preparing")
-    trainee = prepare_trainee(plan, model, autocast)
+    trainee = spread_trainee(plan, prepare_trainee(plan, model, autocast), place, world)
+    base_losses = _base_losses(plan, trainee, directory, texts, world, reporter)
     base_loss = nats_per_token(texts, base_losses)
-    seconds = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, reporter)
+    seconds = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, world, reporter)
 
     round_to_saved(trainee, plan.base.checkpoint)
-    audit = None
-    if trainee.method.keeps_base:
-        reporter.stage("auditing the base")
-        audit = audit_base(plan, model)
-    outputs = _save(plan, trainee, directory, reporter)
     reporter.stage("evaluating the trained model")
-    losses = evaluate_texts(model, texts, autocast=autocast, progress=reporter.progress)
-    _record(plan, texts, losses, base_losses, directory, outputs[0], provenance)
-    return _finish(plan, trainee, seconds, audit, outputs, directory)
+    losses = score_texts(trainee.root, texts, world, autocast=autocast, progress=reporter.progress)
+    trainee = assemble_trainee(trainee, world)
+
+    def conclude() -> RunResult:
+        audit = _audit(plan, trainee, reporter)
+        outputs = _save(plan, trainee, directory, reporter)
+        _record(plan, texts, losses, base_losses, directory, outputs[0], provenance)
+        return _finish(plan, trainee, seconds, audit, outputs, directory)
+
+    return world.first(conclude)
+
+
+def _audit(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> AuditResult | None:
+    if not trainee.method.keeps_base:
+        return None
+    reporter.stage("auditing the base")
+    return audit_base(plan, trainee.model)
 
 
 def _save(plan: RunPlan, trainee: Trainee, directory: RunDirectory, reporter: Reporter) -> list[Path]:
@@ -119,23 +160,34 @@ def _record(
 
 def _base_losses(
     plan: RunPlan,
+    trainee: Trainee,
     directory: RunDirectory,
-    model: PreTrainedModel,
     texts: Sequence[EvaluationText],
-    autocast: torch.dtype | None,
+    world: World,
     reporter: Reporter,
 ) -> Losses:
-    """Score the base once; a resumed run reads what it found."""
+    """Score the base, which the model is but for its new blocks, once; a resumed run reads what was found."""
     scored = {"base": plan.fingerprint, "texts": {text.task: text.digest for text in texts}}
-    if directory.base_losses.exists():
-        held = json.loads(directory.base_losses.read_text())
-        if held.items() >= scored.items():
-            return {task: np.asarray(values, dtype=np.float64) for task, values in held["nats"].items()}
+    held = world.first(lambda: _held_losses(directory, scored))
+    if held is not None:
+        return held
     reporter.stage("evaluating the base")
-    losses = evaluate_texts(model, texts, autocast=autocast, progress=reporter.progress)
+    with bypass(trainee.model) if plan.layout else nullcontext():
+        losses = score_texts(
+            trainee.root, texts, world, autocast=trainee.autocast, progress=reporter.progress
+        )
     content = scored | {"nats": {task: values.tolist() for task, values in losses.items()}}
-    write_file(directory.base_losses, json.dumps(content) + "\n")
+    world.first(lambda: write_file(directory.base_losses, json.dumps(content) + "\n"))
     return losses
+
+
+def _held_losses(directory: RunDirectory, scored: Mapping[str, object]) -> Losses | None:
+    if not directory.base_losses.exists():
+        return None
+    held = json.loads(directory.base_losses.read_text())
+    if not held.items() >= scored.items():
+        return None
+    return {task: np.asarray(values, dtype=np.float64) for task, values in held["nats"].items()}
 
 
 def _finish(

@@ -13,7 +13,7 @@ from deepen.data.findings import Checks, Findings
 from deepen.data.pieces import Piece
 from deepen.data.selection import select_documents
 from deepen.errors import CheckpointError, RecipeError
-from deepen.pipeline.plan import RunPlan, heldout_name
+from deepen.pipeline.plan import heldout_name
 from deepen.pipeline.reporter import Reporter
 
 
@@ -51,14 +51,6 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as error:  # transformers raises whatever the tokenizer's own files lead it to
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{directory}: has no tokenizer that can be read ({reason})") from None
-
-
-def prepare_mixture(
-    plan: RunPlan, tokenizer: Any, cache: Path, reporter: Reporter
-) -> tuple[Mixture, list[Corpus]]:
-    """Tokenise the sources, or find them in the cache, and mix them."""
-    texts = prepare_texts(plan.recipe, tokenizer, cache, reporter)
-    return texts.mixture, texts.corpora
 
 
 def prepare_texts(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporter) -> Texts:

@@ -1,61 +1,65 @@
 """The model in hand: loaded, expanded, proved to be the base, and what of it trains."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint, full_fingerprint
-from deepen.errors import CheckFailed, TrainingError
+from deepen.data.document_masks import check_document_masks
+from deepen.errors import CheckFailed
 from deepen.expansion import Fingerprint
 from deepen.methods import Method, build_method
 from deepen.model import base_fingerprint, base_names, compare_probes, insert_blocks, load, probe_logits
+from deepen.model.structure import blocks_of
+from deepen.pipeline.place import Place, compute_precision
 from deepen.pipeline.plan import RunPlan
 from deepen.records import AuditResult, IdentityResult
+from deepen.training.parallel import Root, assemble, replicate, shard
+from deepen.training.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
-    """The model in hand and what of it trains."""
+    """The model in hand and what of it trains.
+
+    Attributes:
+        model: the model; under FSDP its parameters are sharded.
+        root: where passes through it begin, see `deepen.training.parallel`.
+        method: how it is adapted.
+        parameters: what trains, by name.
+        autocast: dtype of the compute where it is not the weights' own.
+        identity: what was proved of the expansion.
+    """
 
     model: PreTrainedModel
+    root: nn.Module
     method: Method
     parameters: dict[str, nn.Parameter]
     autocast: torch.dtype | None
     identity: IdentityResult | None
 
 
-def load_base(plan: RunPlan) -> tuple[PreTrainedModel, torch.dtype | None]:
+def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype | None]:
     """Load the base for training: bf16 compute keeps frozen weights in the checkpoint's precision.
 
+    Args:
+        plan: the run.
+        place: from `choose_place`; a model to be sharded goes to the CPU, as it may not fit a device.
+
     Returns:
-        The model on its device, and the dtype to compute in where it is not the weights' own.
+        The model, and the dtype to compute in where it is not the weights' own.
 
     Raises:
         CheckpointError: transformers cannot load it.
-        TrainingError: the device cannot be used.
     """
-    section = plan.recipe.train
-    device = _device(section.device)
-    precision = section.precision
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16"
-    wide = precision == "fp32" or section.method in ("full", "freeze", "scale")
-    model = load(plan.base.checkpoint.directory, dtype=torch.float32 if wide else None, device=device)
+    precision = compute_precision(plan, place.device)
+    wide = precision == "fp32" or plan.recipe.train.method in ("full", "freeze", "scale")
+    where = torch.device("cpu") if place.parallel == "fsdp" else place.device
+    model = load(plan.base.checkpoint.directory, dtype=torch.float32 if wide else None, device=where)
     return model, torch.bfloat16 if precision == "bf16" else None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"train.device: {name} cannot be used ({str(error).splitlines()[0]})") from None
-    return device
 
 
 def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype | None) -> Trainee:
@@ -69,9 +73,36 @@ def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype
     if plan.layout:
         fingerprint = Fingerprint(fast=plan.fingerprint)
         insert_blocks(model, plan.layout, base=plan.recipe.base, fingerprint=fingerprint)
+    if plan.recipe.data.document_masks:
+        check_document_masks(model)
     parameters = method.prepare(model)
     identity = _prove_identity(plan, before, _probe(model, autocast)) if before else None
-    return Trainee(model=model, method=method, parameters=parameters, autocast=autocast, identity=identity)
+    return Trainee(
+        model=model,
+        root=Root(model),
+        method=method,
+        parameters=parameters,
+        autocast=autocast,
+        identity=identity,
+    )
+
+
+def spread_trainee(plan: RunPlan, trainee: Trainee, place: Place, world: World) -> Trainee:
+    """Lay the model over the processes of the run; the parameters that train are then others."""
+    model = trainee.model
+    if place.parallel == "ddp":
+        return replace(trainee, root=replicate(model, world))
+    blocks = list(blocks_of(model, plan.base.family))
+    root = shard(model, blocks, place.device, world, trainee.autocast)
+    named = dict(model.named_parameters())
+    return replace(trainee, root=root, parameters={name: named[name] for name in trainee.parameters})
+
+
+def assemble_trainee(trainee: Trainee, world: World) -> Trainee:
+    """Put a sharded model together in the first process, where it is audited and saved."""
+    assemble(trainee.model, world)
+    named = dict(trainee.model.named_parameters())
+    return replace(trainee, parameters={name: named[name] for name in trainee.parameters})
 
 
 def _prove_identity(

@@ -1,7 +1,7 @@
 """Training with everything a run puts round it: metrics, evaluation, checkpoints, resume, signals."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -9,18 +9,19 @@ import torch
 from deepen.data.batches import Batch, Mixture
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, Interrupted
-from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import nats_per_token
 from deepen.pipeline.directory import RunDirectory
 from deepen.pipeline.memory import fit_memory
 from deepen.pipeline.plan import RunPlan
 from deepen.pipeline.reporter import Reporter
+from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.trainee import Trainee
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
 from deepen.training.loop import Hooks, Settings, StepReport, train
 from deepen.training.metrics import MetricsLog
 from deepen.training.optimizer import build_optimizer
 from deepen.training.signals import stop_on_signal
+from deepen.training.world import World
 
 
 def train_to_the_end(
@@ -30,9 +31,12 @@ def train_to_the_end(
     texts: Sequence[EvaluationText],
     base_loss: Mapping[str, float],
     directory: RunDirectory,
+    world: World,
     reporter: Reporter,
 ) -> float:
     """Train from the newest valid checkpoint, or from the start; return the seconds it took in all.
+
+    Every process of the run calls this; only the first one writes, and only it knows the seconds.
 
     Args:
         plan: the numbers.
@@ -41,6 +45,7 @@ def train_to_the_end(
         texts: evaluated along the way.
         base_loss: task -> nats per token before the first step.
         directory: where metrics and checkpoints go.
+        world: the processes of the run.
         reporter: told what goes on.
 
     Raises:
@@ -50,22 +55,25 @@ def train_to_the_end(
     """
     section = plan.recipe.train
     torch.manual_seed(section.seed)
-    fit_memory(plan, trainee, reporter)
+    fit_memory(plan, trainee, world, reporter)
     optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
     shared = _identity(plan, mixture)
-    first = _restore(plan, trainee, optimizer, shared, directory, reporter)
+    first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     reporter.stage("training")
-    metrics = MetricsLog(directory.metrics, resume_after=first or -1)
-    log = _Log(plan, metrics, reporter)
-    if not first:
+    log = world.first_only(
+        lambda: _Log(plan, MetricsLog(directory.metrics, resume_after=first or -1), reporter)
+    )
+    if log and not first:
         log.evaluation(0, base_loss)
 
     def evaluate(step: int) -> None:
-        losses = evaluate_texts(trainee.model, texts, autocast=trainee.autocast)
-        log.evaluation(step, nats_per_token(texts, losses))
+        losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
+        if log:
+            log.evaluation(step, nats_per_token(texts, losses))
 
     def save(step: int) -> None:
-        metrics.sync()
+        if log:
+            log.metrics.sync()
         save_checkpoint(
             directory.checkpoints,
             step,
@@ -73,15 +81,33 @@ def train_to_the_end(
             optimizer,
             identity=shared,
             keep=section.keep_checkpoints,
+            world=world,
         )
 
-    with closing(metrics), stop_on_signal() as asked:
+    with ExitStack() as stack:
+        if log:
+            stack.enter_context(closing(log.metrics))
+        asked = stack.enter_context(stop_on_signal(patient=world.control is not None))
         batches, settings = _known(trainee, mixture), _settings(plan, trainee)
-        hooks = Hooks(log=log.step, evaluate=evaluate, save=save, stop=asked)
-        train(trainee.model, trainee.parameters, optimizer, batches, settings, hooks, first_step=first)
-        if asked():
+        hooks = Hooks(log=log.step if log else _ignore, evaluate=evaluate, save=save, stop=asked)
+        train(
+            trainee.model,
+            trainee.parameters,
+            optimizer,
+            batches,
+            settings,
+            hooks,
+            first_step=first,
+            root=trainee.root,
+            world=world,
+        )
+        if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
-    return log.seconds
+    return log.seconds if log else 0.0
+
+
+def _ignore(_: StepReport) -> None:
+    """What all processes but the first do with a step's report."""
 
 
 def _identity(plan: RunPlan, mixture: Mixture) -> dict[str, Any]:
@@ -116,15 +142,16 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     shared: Mapping[str, Any],
     directory: RunDirectory,
+    world: World,
     reporter: Reporter,
 ) -> int:
     """Go back to the newest valid checkpoint; return its step, 0 where there is none."""
-    saved, damaged = newest_checkpoint(directory.checkpoints)
+    saved, damaged = world.first(lambda: newest_checkpoint(directory.checkpoints))
     for line in damaged:
         reporter.note(line)
     if saved is None:
         return 0
-    restore_checkpoint(saved, trainee.parameters, optimizer, identity=shared)
+    restore_checkpoint(saved, trainee.parameters, optimizer, identity=shared, world=world)
     reporter.note(f"continuing after step {saved.step} of {plan.steps}")
     return saved.step
 
@@ -150,7 +177,7 @@ class _Log:
     """Turns what the loop reports into metrics lines and the live line."""
 
     def __init__(self, plan: RunPlan, metrics: MetricsLog, reporter: Reporter) -> None:
-        self._plan, self._metrics, self._reporter = plan, metrics, reporter
+        self._plan, self.metrics, self._reporter = plan, metrics, reporter
         self._sources = [source.label for source in plan.recipe.data.sources]
         self._step_tokens = plan.windows * plan.recipe.data.sequence_length
         steps = [line for line in metrics.kept if "loss" in line]
@@ -162,9 +189,9 @@ class _Log:
     def step(self, report: StepReport) -> None:
         rate = self._step_tokens / report.seconds
         self.seconds += report.seconds
-        for source, windows in report.sources.items():
-            self._source_tokens[self._sources[source]] += windows * self._plan.recipe.data.sequence_length
-        self._metrics.write(
+        for source, tokens in report.sources.items():
+            self._source_tokens[self._sources[source]] += tokens
+        self.metrics.write(
             {
                 "step": report.step,
                 "tokens": report.step * self._step_tokens,
@@ -180,7 +207,7 @@ class _Log:
         self._reporter.progress(report.step, self._plan.steps, detail)
 
     def evaluation(self, step: int, nats: Mapping[str, float]) -> None:
-        self._metrics.write({"step": step, "tokens": step * self._step_tokens, "evaluation": dict(nats)})
+        self.metrics.write({"step": step, "tokens": step * self._step_tokens, "evaluation": dict(nats)})
         shown = "  ".join(f"{task} {value:.4f}" for task, value in nats.items())
         if shown:
             self._reporter.note(f"step {step}: {shown}")

@@ -1,7 +1,8 @@
 """Training checkpoints: `checkpoints/step-N/`, complete or absent, no pickle.
 
 Each holds only what trains (fp32), the optimiser's state, the random state and the step; `manifest.json` is
-written last and names every file with its size and digest, so a damaged checkpoint is recognised.
+written last and names every file with its size and digest, so a damaged checkpoint is recognised. Several
+processes leave the same files as one: sharded tensors are put together, and one process writes.
 """
 
 import hashlib
@@ -20,6 +21,8 @@ from deepen.checkpoint import atomic_directory, write_file
 from deepen.errors import TrainingError
 from deepen.model.tensors import save_tensors
 from deepen.training.optimizer import optimizer_tensors, restore_optimizer
+from deepen.training.parallel import placed_like, share, whole
+from deepen.training.world import World
 
 FORMAT_VERSION: Final = 1
 _RANDOM: Final = "random/"
@@ -41,6 +44,7 @@ def save_checkpoint(
     *,
     identity: Mapping[str, Any],
     keep: int,
+    world: World | None = None,
 ) -> Path:
     """Write `root/step-N` and keep it and those before it, `keep` in all.
 
@@ -53,14 +57,27 @@ def save_checkpoint(
         optimizer: its optimiser.
         identity: settings that a resumed run must share, checked by `restore_checkpoint`.
         keep: checkpoints to keep.
+        world: the processes of the run, each of which calls this; the first one writes.
     """
+    world = world or World()
+    trained = whole(parameters, world)
+    moments = whole(optimizer_tensors(optimizer, parameters), world)
+    return world.first(lambda: _write(root, step, trained, moments | _random_state(), identity, keep))
+
+
+def _write(
+    root: Path,
+    step: int,
+    trained: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    identity: Mapping[str, Any],
+    keep: int,
+) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"step-{step}"
     with atomic_directory(target, overwrite=True) as staged:
-        save_tensors(staged / "trainable.safetensors", parameters)
-        save_tensors(
-            staged / "optimizer.safetensors", optimizer_tensors(optimizer, parameters) | _random_state()
-        )
+        save_tensors(staged / "trainable.safetensors", trained)
+        save_tensors(staged / "optimizer.safetensors", state)
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -93,12 +110,29 @@ def restore_checkpoint(
     optimizer: torch.optim.Optimizer,
     *,
     identity: Mapping[str, Any],
+    world: World | None = None,
 ) -> None:
-    """Put parameters, optimiser and random state back as they were.
+    """Put parameters, optimiser and random state back as they were, over however many processes there are.
+
+    The first process reads; the random state is its own.
 
     Raises:
         TrainingError: the checkpoint belongs to a run with other settings or other trainable parameters.
     """
+    world = world or World()
+    tensors, moments = world.first_only(lambda: _read(saved, parameters, identity)) or ({}, {})
+    if world.is_first:
+        _restore_random({k: moments.pop(k) for k in list(moments) if k.startswith(_RANDOM)})
+    device = next(iter(parameters.values())).device
+    with torch.no_grad():
+        for name, tensor in share(tensors, world, device):
+            parameters[name].copy_(placed_like(tensor, parameters[name]))
+    restore_optimizer(optimizer, parameters, share(moments, world, device))
+
+
+def _read(
+    saved: SavedStep, parameters: Mapping[str, nn.Parameter], identity: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     recorded = json.loads((saved.directory / "manifest.json").read_text())["identity"]
     for key, value in identity.items():
         if recorded.get(key) != value:
@@ -110,12 +144,7 @@ def restore_checkpoint(
     if tensors.keys() != parameters.keys():
         odd = min(tensors.keys() ^ parameters.keys())
         raise TrainingError(f"{saved.directory}: its trainable parameters are not this run's (first: {odd})")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    moments = load_file(saved.directory / "optimizer.safetensors")
-    _restore_random({k: moments.pop(k) for k in list(moments) if k.startswith(_RANDOM)})
-    restore_optimizer(optimizer, parameters, moments)
+    return tensors, load_file(saved.directory / "optimizer.safetensors")
 
 
 def _by_step(root: Path) -> list[SavedStep]:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -7,23 +8,38 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from deepen.errors import Interrupted, TrainingError
-from deepen.training.loss import summed_loss
+from deepen.training.loss import IGNORED, summed_loss
+from deepen.training.parallel import Root, without_exchange
 from deepen.training.schedule import learning_rate
+from deepen.training.world import World
 
 
 class Batch(Protocol):
-    """What one optimiser step reads: `tokens` [windows, length + 1] and the `sources` of its windows."""
+    """What one optimiser step reads; see `deepen.data.batches.Batch`."""
 
     @property
     def tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Token ids."""
+        """Token ids [windows, length + 1]."""
 
     @property
     def sources(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Index of each window's source."""
+        """Index of each window's source [windows]."""
+
+    @property
+    def positions(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """Position ids [windows, length] that part documents; None: the model's own."""
+
+    @property
+    def trained(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+        """Which targets count [windows, length]; None: all."""
+
+    @property
+    def trained_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Targets of each window that count [windows]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +83,7 @@ class StepReport:
         learning_rate: rate of the update.
         gradient_norm: norm over all trainable parameters before clipping.
         seconds: wall time of the step.
-        sources: windows of each source in the step.
+        sources: source -> tokens of it in the step that count in the loss.
     """
 
     step: int
@@ -104,6 +120,8 @@ def train(
     hooks: Hooks,
     *,
     first_step: int = 0,
+    root: nn.Module | None = None,
+    world: World | None = None,
 ) -> None:
     """Train `parameters` from step `first_step` to the last.
 
@@ -115,20 +133,25 @@ def train(
         settings: the numbers.
         hooks: logging, evaluation, checkpoints, stop requests.
         first_step: steps already done.
+        root: the model spread over processes, see `deepen.training.parallel`; default: it lies in this one.
+        world: those processes. Each calls this with the same batches and takes its share of the windows;
+            what is reported is the same in all.
 
     Raises:
         TrainingError: the loss is not finite; the parameters are those of the step before.
         Interrupted: `hooks.stop` said so; a checkpoint was saved.
     """
+    world, root = world or World(), root or Root(model)
     model.train()
     for step in range(first_step, settings.steps):
-        hooks.log(_step(model, parameters, optimizer, batch_at(step, settings.windows), settings, step))
+        batch = batch_at(step, settings.windows)
+        hooks.log(_step(root, parameters, optimizer, batch, settings, step, world))
         done = step + 1
         last = done == settings.steps
         if last or done % settings.evaluate_every == 0:
             hooks.evaluate(done)
             model.train()
-        stopping = hooks.stop() and not last
+        stopping = world.any(hooks.stop()) and not last
         if last or stopping or done % settings.checkpoint_every == 0:
             hooks.save(done)
         if stopping:
@@ -136,19 +159,23 @@ def train(
 
 
 def _step(
-    model: PreTrainedModel,
+    root: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     settings: Settings,
     step: int,
+    world: World,
 ) -> StepReport:
     begin = perf_counter()
+    if not world.is_first:
+        # The first process's random state is in the checkpoints; the others' follow from the step.
+        torch.manual_seed(step * world.size + world.rank)
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = _accumulate(model, torch.from_numpy(batch.tokens), settings)
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip or float("inf")).item()
+    loss = _accumulate(root, batch, settings, world)
+    norm = _clip(parameters, settings.clip)
     if not np.isfinite(loss) or not np.isfinite(norm):
         raise TrainingError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; the last checkpoint is intact\n"
@@ -156,29 +183,60 @@ def _step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    sources, counts = np.unique(batch.sources, return_counts=True)
+    counts = np.bincount(batch.sources, weights=batch.trained_tokens)
     return StepReport(
         step=step + 1,
         loss=loss,
         learning_rate=rate,
         gradient_norm=norm,
         seconds=perf_counter() - begin,
-        sources=dict(zip(sources.tolist(), counts.tolist(), strict=True)),
+        sources={source: int(count) for source, count in enumerate(counts) if count},
     )
 
 
-def _accumulate(model: PreTrainedModel, tokens: torch.Tensor, settings: Settings) -> float:
-    """Add up gradients over micro-batches, each divided by the *step's* tokens, and return the mean loss."""
-    device = next(model.parameters()).device
-    total = tokens.shape[0] * (tokens.shape[1] - 1)
+def _accumulate(root: nn.Module, batch: Batch, settings: Settings, world: World) -> float:
+    """Add up gradients over micro-batches and processes, each divided by the *step's* tokens.
+
+    Every process makes as many passes as the one with most windows, as sharded weights are gathered by all
+    at once; where it has no window left, it runs one that counts for nothing.
+
+    Returns:
+        The mean loss of the step.
+    """
+    device = next(root.parameters()).device
+    windows = len(batch.tokens)
+    total = max(1, int(batch.trained_tokens.sum()))
     summed = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
-    for rows in torch.split(tokens, settings.micro_batch):
-        rows = rows.to(device)
-        with _autocast(device, settings.autocast):
-            nll = summed_loss(model, rows)
-        (nll / total).backward()  # type: ignore[no-untyped-call]
+    mine = torch.split(torch.arange(windows)[world.rank :: world.size], settings.micro_batch)
+    passes = math.ceil(math.ceil(windows / world.size) / settings.micro_batch)
+    for index in range(passes):
+        counts = index < len(mine) and len(mine[index]) > 0
+        part = _part(batch, mine[index].numpy() if counts else np.zeros(1, dtype=np.int64), device)
+        with without_exchange(root, last=index == passes - 1):
+            with _autocast(device, settings.autocast):
+                nll = root(lambda model, part=part: summed_loss(model, *part)) * counts
+            # Of gradients the mean over processes is taken: hence their number.
+            (nll / (total / world.size)).backward()
         summed += nll.detach().to(summed)
-    return (summed / total).item()
+    return (world.add(summed) / total).item()
+
+
+def _part(
+    batch: Batch, rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return inputs, targets and positions of some windows; targets that do not count are `IGNORED`."""
+    tokens = torch.from_numpy(batch.tokens[rows]).to(device)
+    targets = tokens[:, 1:]
+    if batch.trained is not None:
+        counted = torch.from_numpy(batch.trained[rows]).to(device)
+        targets = targets.masked_fill(~counted, IGNORED)
+    positions = None if batch.positions is None else torch.from_numpy(batch.positions[rows]).to(device)
+    return tokens[:, :-1], targets, positions
+
+
+def _clip(parameters: Mapping[str, nn.Parameter], largest: float | None) -> float:
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), largest or float("inf"))
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def _rate(settings: Settings, step: int) -> float:

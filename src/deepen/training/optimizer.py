@@ -1,7 +1,9 @@
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+
+from deepen.training.parallel import placed_like
 
 
 def build_optimizer(
@@ -29,10 +31,9 @@ def optimizer_tensors(
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> None:
     """Put back what `optimizer_tensors` returned; the step counter stays where the optimiser keeps it."""
-    for name, parameter in parameters.items():
-        head = name + "/"
-        state = {key.removeprefix(head): value for key, value in tensors.items() if key.startswith(head)}
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    for place, value in tensors:
+        name, _, key = place.rpartition("/")
+        optimizer.state[parameters[name]][key] = placed_like(value, parameters[name])

@@ -49,7 +49,7 @@ def measure_blocks(blocks: Sequence[nn.Module], forward: Callable[[], object]) -
         blocks: the model's blocks.
         forward: runs the model on a batch of the size in question, with gradients.
     """
-    weights = {p.untyped_storage().data_ptr() for block in blocks for p in block.parameters()}
+    weights: set[int] = set()
     held: dict[int, torch.UntypedStorage] = {}  # of the block being run: a freed address is used again
     saved: list[int] = []
     inputs: list[int] = []
@@ -61,8 +61,11 @@ def measure_blocks(blocks: Sequence[nn.Module], forward: Callable[[], object]) -
             saved[-1] += storage.nbytes()
         return _NOTHING  # the tensor itself is let go
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         held.clear()
+        # Now, as weights that are sharded lie whole in memory only while their block runs.
+        weights.clear()
+        weights.update(p.untyped_storage().data_ptr() for p in block.parameters())
         states = args[0] if args else kwargs["hidden_states"]
         inputs.append(states.numel() * states.element_size())
         saved.append(0)

@@ -1,0 +1,72 @@
+"""Where a run computes: the device of each process, and how the model lies over all of them."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from deepen.errors import TrainingError
+from deepen.pipeline.plan import RunPlan
+from deepen.training.parallel import Parallel
+from deepen.training.world import World
+
+# What a trained parameter takes: its fp32 weight, its gradient and AdamW's two moments.
+_TRAINED_BYTES: Final = 16
+# How much of a device `parallel: auto` gives to them; the rest is for activations.
+_DEVICE_SHARE: Final = 0.6
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model trains: this process's device, and how it lies over the devices of all."""
+
+    device: torch.device
+    parallel: Parallel
+
+
+def choose_place(plan: RunPlan, world: World) -> Place:
+    """Choose the device of this process, and between replicas and shards as `train.parallel` says.
+
+    Raises:
+        TrainingError: the device cannot be used.
+    """
+    device = _device(plan.recipe.train.device, world)
+    asked = plan.recipe.train.parallel
+    if world.control is None:
+        return Place(device, "ddp")
+    return Place(device, world.first(lambda: _fitting(plan, device)) if asked == "auto" else asked)
+
+
+def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
+    if device.type != "cuda":
+        return "ddp"
+    counts = plan.parameters
+    trainable = counts.trainable or 0  # adapters are small
+    frozen = counts.base + counts.new - trainable
+    width = 4 if compute_precision(plan, device) == "fp32" else 2
+    needed = frozen * width + trainable * _TRAINED_BYTES
+    room = torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE
+    return "ddp" if needed <= room else "fsdp"
+
+
+def _device(name: str, world: World) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world.size > 1:
+        name = f"cuda:{world.local_rank}"
+    elif world.size > 1 and name not in ("cpu", f"cuda:{world.local_rank}"):
+        raise TrainingError(f"train.device: {name} cannot serve {world.size} processes; say auto or cuda")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"train.device: {name} cannot be used ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def compute_precision(plan: RunPlan, device: torch.device) -> str:
+    """Return `bf16` or `fp32`."""
+    asked = plan.recipe.train.precision
+    if asked == "auto":
+        return "fp32" if device.type == "cpu" else "bf16"
+    return asked
