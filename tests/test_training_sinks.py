@@ -70,3 +70,20 @@ def test_a_package_that_is_not_there(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(TrainingError, match=f"pip install {name}"), open_sinks([name], tmp_path, {}, 0):
         pass
+
+
+def test_a_run_shows_its_metrics(tmp_path, monkeypatch):
+    from tiny_run import write_base, write_recipe
+
+    from deepen.config import load_recipe
+    from deepen.pipeline.run import run_recipe
+
+    shown = []
+    tracker = SimpleNamespace(
+        init=lambda **_: None, log=lambda values, step: shown.append(step), finish=lambda: shown.append("end")
+    )
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    write_base(tmp_path / "base")
+    write_recipe(tmp_path, train__log=["trackio"])
+    run_recipe(load_recipe(tmp_path / "recipe.yaml"))
+    assert shown == [0, 1, 2, 3, 3, 4, 5, 6, 6, "end"]
