@@ -154,9 +154,10 @@ def prepare_expansion(
         opened.previous,
     )
     plan = plan_files(opened.checkpoint, expanded_tensors(opened, layout), shard_size=shard_size)
-    return PreparedCheckpoint(
-        base=opened, plan=plan, expansion=expansion, warnings=tuple(_warnings(opened, layout))
-    )
+    warnings = tuple(_warnings(opened, layout))
+    prepared = PreparedCheckpoint(base=opened, plan=plan, expansion=expansion, warnings=warnings)
+    _json(prepared.config)  # what cannot be said in a config is refused before anything is written
+    return prepared
 
 
 def write_checkpoint(

@@ -270,7 +270,7 @@ def _filled(tensor: PlannedTensor, value: float, origin: str) -> PlannedTensor:
     """Put its fill in the place of a residual write copied from `origin`."""
     if tensor.dtype not in (FLOATS if value else ZEROABLE):
         raise CheckpointError(
-            f"tensor {origin!r} is {tensor.dtype}; a residual write of that type has no exact fill.\n"
+            f"{tensor.beside}: tensor {origin!r} is {tensor.dtype}, for which there is no exact fill.\n"
             "Expand the unquantised model; the expanded one can be quantised afterwards"
         )
     return replace(tensor, source=Fill(float(value)))

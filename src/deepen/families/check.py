@@ -44,7 +44,7 @@ def _depth(family: Family, text: Mapping[str, Any], found: int, where: str) -> i
     if key != general and general in text:  # which transformers then takes instead
         raise CheckpointError(f"{where}: config.json: {general} overrides {key}; write {key} alone")
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        raise CheckpointError(f"{where}: config.json: {key} is {depth!r}, not a number of blocks")
+        raise CheckpointError(f"{where}: config.json: {key} is {depth!r:.80}, not a number of blocks")
     return depth
 
 
@@ -121,10 +121,13 @@ def _check_numbers(family: Family, config: Mapping[str, Any], index: int, held: 
     for kind, numbers in sorted(found.items()):
         stem = kind.partition(".*")[0]
         wanted = config.get(family.numbered.get(stem, ""), len(numbers))
-        if isinstance(wanted, int) and (odd := numbers ^ set(range(wanted))):
-            name = family.join(index, kind.replace("*", str(min(odd)), 1))
-            what = "is missing" if min(odd) < wanted else f"is one of more than {wanted}"
-            raise CheckpointError(f"{where}: tensor {name!r} {what}")
+        if not isinstance(wanted, int) or (len(numbers) == wanted and max(numbers) < wanted):
+            continue
+        gap = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        odd = gap if gap < wanted else min(number for number in numbers if number >= wanted)
+        name = family.join(index, kind.replace("*", str(odd), 1))
+        what = "is missing" if odd < wanted else f"is one of more than {wanted}"
+        raise CheckpointError(f"{where}: tensor {name!r} {what}")
 
 
 def _check_outside(family: Family, config: Mapping[str, Any], held: set[str], where: str) -> None:

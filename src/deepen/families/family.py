@@ -253,7 +253,7 @@ def _parts(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _model_types(config: Mapping[str, Any]) -> str:
-    whole, *text = (repr(part.get("model_type")) for part in _parts(config))
+    whole, *text = (repr(part.get("model_type"))[:80] for part in _parts(config))
     return f"model_type {whole}" + (f" with a text_config of {text[0]}" if text else "")
 
 
