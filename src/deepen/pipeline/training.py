@@ -1,7 +1,8 @@
 """Training with everything a run puts round it: metrics, evaluation, checkpoints, resume, signals."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,11 +61,7 @@ def train_to_the_end(
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     reporter.stage("training")
-    log = world.first_only(
-        lambda: _Log(plan, MetricsLog(directory.metrics, resume_after=first or -1), reporter)
-    )
-    if log and not first:
-        log.evaluation(0, base_loss)
+    log = world.first_only(lambda: _open_log(plan, directory, first, base_loss, reporter))
 
     def evaluate(step: int) -> None:
         losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
@@ -84,26 +81,45 @@ def train_to_the_end(
             world=world,
         )
 
-    with ExitStack() as stack:
-        if log:
-            stack.enter_context(closing(log.metrics))
-        asked = stack.enter_context(stop_on_signal(patient=world.control is not None))
-        batches, settings = _known(trainee, mixture), _settings(plan, trainee)
-        hooks = Hooks(log=log.step if log else _ignore, evaluate=evaluate, save=save, stop=asked)
+    hooks = Hooks(log=log.step if log else _ignore, evaluate=evaluate, save=save, stop=bool)
+    with closing(log.metrics) if log else nullcontext():
+        _train(plan, trainee, mixture, optimizer, hooks, first, world)
+    return log.seconds if log else 0.0
+
+
+def _train(
+    plan: RunPlan,
+    trainee: Trainee,
+    mixture: Mixture,
+    optimizer: torch.optim.Optimizer,
+    hooks: Hooks,
+    first: int,
+    world: World,
+) -> None:
+    """Run the loop, and leave it when a signal comes to any process."""
+    with stop_on_signal(patient=world.control is not None) as asked:
         train(
             trainee.model,
             trainee.parameters,
             optimizer,
-            batches,
-            settings,
-            hooks,
+            _known(trainee, mixture),
+            _settings(plan, trainee),
+            replace(hooks, stop=asked),
             first_step=first,
             root=trainee.root,
             world=world,
         )
         if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
-    return log.seconds if log else 0.0
+
+
+def _open_log(
+    plan: RunPlan, directory: RunDirectory, first: int, base_loss: Mapping[str, float], reporter: Reporter
+) -> "_Log":
+    log = _Log(plan, MetricsLog(directory.metrics, resume_after=first or -1), reporter)
+    if not first:
+        log.evaluation(0, base_loss)
+    return log
 
 
 def _ignore(_: StepReport) -> None:
