@@ -9,7 +9,7 @@ The results stand in the records of studies/records.
 
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from deepen import cli
 from deepen.config.recipe import Recipe
-from deepen.families import Family, load_families
+from deepen.families import Family, load_families, load_refusals
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -322,48 +322,55 @@ What deepen knows of a model family is one small file; there is no code per fami
 `model_type` stands in no file, or that holds a tensor its family does not name, is refused, not guessed at.
 
 A *residual write* is a parameter whose value below makes a sub-layer add nothing to the residual stream. New
-blocks are copies of base blocks with exactly these filled (see [Concepts](concepts.md)).
+blocks are copies of base blocks with exactly these filled (see [Concepts](concepts.md)); `*` is a number.
+Where the config says what kind each block is, or transformers derives it from the block's number, expansion
+writes it out: every base block keeps its kind, and a new block has that of the block it copies.
+
+"""
+
+_REFUSED = """\
+## Refused
+
+These are known and refused, because new blocks could not be exact.
 
 """
 
 
 def families_page() -> str:
     """Return the page of families."""
-    return _FAMILIES + "".join(map(_family, load_families())).rstrip() + "\n"
+    head = ["family", "`model_type`", "residual writes", "of each block's own kind in the config"]
+    families = _table(head, [_family(family) for family in load_families()])
+    refused = _table(["in `config.json`", "why"], list(_refusals()))
+    return _FAMILIES + families + _REFUSED + refused.rstrip() + "\n"
 
 
-def _family(family: Family) -> str:
-    facts = [
-        ["`model_type`", _names(family.model_types)],
-        ["blocks", f"`{family.layers}.<i>.`"],
-        ["number of blocks", f"`{family.depth_key}` in `config.json`"],
-        ["config lists with one entry a block", _names(family.per_layer_keys)],
-        ["outside the blocks", _names(family.outside_required)],
-        ["outside, in some checkpoints", _names(family.outside_optional)],
-        ["tied embeddings", ", ".join(f"`{a}` = `{b}`" for a, b in family.tied.items()) or "–"],
-    ]
-    tensors = [
-        [f"`{name}`", presence, _fill(family, name)]
-        for presence, names in (("always", family.block_required), ("in some", family.block_optional))
-        for name in names
-    ]
-    return (
-        f"## {family.name}\n\n"
-        + _table(["what", "in this family"], facts)
-        + _table(["tensor of a block", "present", "in a new block"], tensors)
-    )
+def _family(family: Family) -> list[str]:
+    fills: dict[float, list[str]] = {}
+    for name, value in family.residual_writes.items():
+        if not name.endswith("bias"):
+            fills.setdefault(value, []).append(name.removesuffix(".weight"))
+    biased = any(name.endswith("bias") for name in family.residual_writes)
+    writes = "; ".join(f"{_names(names)} = {value:g}" for value, names in fills.items())
+    keys = _names(family.per_layer.keys) if family.per_layer.keys else ""
+    return [family.name, _names(family.model_types), writes + (", with biases" if biased else ""), keys]
 
 
-def _fill(family: Family, name: str) -> str:
-    if name in family.residual_writes:
-        return f"filled with {family.residual_writes[name]:g}"
-    if name in family.block_buffers:
-        return "copied; computed by the model itself, so not in a pack"
-    return "copied"
+def _refusals() -> Iterator[list[str]]:
+    known = load_refusals()
+    for key, why in known["keys"].items():
+        yield [f"`{key}`", why]
+    for family in load_families():
+        for refusal in family.refusals:
+            yield [f"{family.name}: `{refusal.key}: {json.dumps(refusal.value)}`", refusal.why]
+    reasons: dict[str, list[str]] = {}
+    for model_type, why in known["model_types"].items():
+        reasons.setdefault(why, []).append(model_type)
+    for why, model_types in reasons.items():
+        yield [f"`model_type`: {_names(tuple(model_types))}", why]
 
 
-def _names(names: tuple[str, ...]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "–"
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,13 @@ OPTIONS = {
     "expand": "--after --blocks --dry-run --groups --json --overwrite --placement --shard-size",
     "verify": "--base-only --full --json --logits",
     "blocks merge": "--json --overwrite --shard-size",
-    "blocks extract": "--json --overwrite",
-    "blocks inspect": "--json",
+    "blocks extract": "--json --overwrite --pack",
+    "blocks inspect": "--base --json",
+    "blocks attach": "--json",
+    "blocks unmerge": "--json --overwrite",
+    "blocks stack": "--json --overwrite --shard-size",
+    "blocks adopt": "--base --json --name --new --overwrite",
+    "blocks push": "--json --private",
 }
 
 

@@ -182,14 +182,14 @@ def test_a_known_file_is_not_hashed_again(tmp_path, source, tokenizer, monkeypat
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, source, tokenizer, monkeypatch):
-    from deepen.data import corpus
+    from deepen.data import sources
 
     def growing(files, text):
         yield "one"
         with open(files[0], "a") as file:
             file.write('{"text": "late"}\n')
 
-    monkeypatch.setattr(corpus, "read_files", growing)
+    monkeypatch.setattr(sources, "read_files", growing)
     with pytest.raises(DataError, match=r"texts\.jsonl: changed while it was read"):
         prepare_corpus(source, tokenizer, cache=tmp_path / "cache")
     assert not (tmp_path / "cache/corpora").exists()
@@ -313,7 +313,7 @@ from deepen.config.recipe import TextSet
 from deepen.data.corpus import prepare_corpus
 sys.path.insert(0, sys.argv[1])
 from test_data_tokenizers import tiny_bpe
-for text in (TextSet(path="texts.jsonl"), TextSet(hub="hub")):
+for text in (TextSet(path="texts.jsonl"), TextSet(hub="hub"), TextSet(hub="hub", stream=True)):
     prepare_corpus(text, tiny_bpe(), cache=Path("cache"), workers=2)
 """
 
@@ -337,6 +337,6 @@ def test_nothing_is_written_outside_the_cache_or_drawn(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
     assert [name for name in files if not name.startswith("cache/")] == ["texts.jsonl", "hub/train.jsonl"]
-    assert len(corpora(tmp_path / "cache")) == 2
+    assert len(corpora(tmp_path / "cache")) == 3
     assert not [path for path in (tmp_path / "cache/corpora").rglob("*") if "partial" in path.name]
     assert not list((tmp_path / "cache").rglob("texts.arrow"))

@@ -290,3 +290,20 @@ def test_a_real_model_says_the_same(data_dir, tmp_path, name):
         said.append(model.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist())
     assert len(said[0]) > 20
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("spaces", [0, 8, 24])
+def test_a_base_tensor_lies_in_its_cache_line_as_before(tiny_llama, tmp_path, sharded, spaces):
+    # Where a mapped matrix begins in one decides the last bits of a product with it, as in cached decoding.
+    base = tiny_llama(sharded=sharded)
+    for path in base.glob("*.safetensors"):
+        size, data = int.from_bytes(path.read_bytes()[:8], "little"), path.read_bytes()
+        header = data[8 : 8 + size] + b" " * spaces
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    expand_checkpoint(base, tmp_path / "out", blocks=2)
+    family, expansion = family_for({"model_type": "llama"}), read_expansion(tmp_path / "out")
+    before = Checkpoint.open(base).tensors
+    for name, tensor in Checkpoint.open(tmp_path / "out").tensors.items():
+        if (origin := base_name(expansion, family, name)) is not None:
+            assert tensor.offset % 64 == before[origin].offset % 64, name

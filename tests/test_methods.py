@@ -11,7 +11,7 @@ from test_model_pack import files_that_repeat
 from deepen.checkpoint import Checkpoint
 from deepen.errors import OutputError, PackError
 from deepen.expansion import plan_layout
-from deepen.methods import METHODS
+from deepen.methods import Blocks, Full
 from deepen.model import insert_blocks, load
 
 OPTIONS = [
@@ -37,17 +37,16 @@ def step(model, trained):
         optimizer.step()
 
 
-def test_their_names():
-    assert {name: method.name for name, method in METHODS.items()} == {"blocks": "blocks", "full": "full"}
-    assert METHODS["blocks"].keeps_base
-    assert not METHODS["full"].keeps_base
+def test_what_they_keep():
+    assert Blocks().keeps_base
+    assert not Full().keeps_base
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_blocks_trains_the_new_blocks_in_fp32(tiny_llama, dtype, tied):
     model = expanded(tiny_llama(dtype=dtype, tied=tied))
-    trained = METHODS["blocks"].prepare(model)
+    trained = Blocks().prepare(model)
     assert trained.keys() == of_blocks([2, 5], BLOCK)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained.keys()
     for name, parameter in model.named_parameters():
@@ -64,7 +63,7 @@ def test_blocks_trains_the_new_blocks_in_fp32(tiny_llama, dtype, tied):
 def test_full_trains_everything_in_fp32(tiny_llama, dtype, tied):
     model = plain(tiny_llama(dtype=dtype, tied=tied))
     model.requires_grad_(False)
-    trained = METHODS["full"].prepare(model)
+    trained = Full().prepare(model)
     assert trained.keys() == {name for name, _ in model.named_parameters()}
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert ("lm_head.weight" in trained) is not tied
@@ -76,17 +75,17 @@ def test_full_trains_everything_in_fp32(tiny_llama, dtype, tied):
 
 def test_blocks_needs_new_blocks(tiny_llama):
     with pytest.raises(PackError, match="no record"):
-        METHODS["blocks"].prepare(plain(tiny_llama()))
+        Blocks().prepare(plain(tiny_llama()))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_blocks_saves_a_pack_in_the_files_precision(tiny_llama, tmp_path, options):
     base = tiny_llama(**options)
     model = expanded(base, torch.float32)
-    METHODS["blocks"].prepare(model)
+    Blocks().prepare(model)
     move(model)
     for _ in range(2):  # a resumed run saves again
-        saved = METHODS["blocks"].save(model, tmp_path / "run", Checkpoint.open(base))
+        saved = Blocks().save(model, tmp_path / "run", Checkpoint.open(base))
     assert saved == tmp_path / "run" / "blocks"
     held = load_file(saved / "blocks.safetensors")
     assert {t.dtype for t in held.values()} == {getattr(torch, options.get("dtype", "float32"))}
@@ -98,7 +97,7 @@ def test_blocks_saves_a_pack_in_the_files_precision(tiny_llama, tmp_path, option
 
 def trained_fully(base):
     model = plain(base, torch.float32)
-    trained = METHODS["full"].prepare(model)
+    trained = Full().prepare(model)
     step(model, trained)
     return model
 
@@ -107,7 +106,7 @@ def trained_fully(base):
 def test_full_saves_the_bases_directory_with_trained_tensors(tiny_llama, tmp_path, options):
     base = tiny_llama(**options)
     model = trained_fully(base)
-    saved = METHODS["full"].save(model, tmp_path / "run", Checkpoint.open(base))
+    saved = Full().save(model, tmp_path / "run", Checkpoint.open(base))
     assert saved == tmp_path / "run" / "model"
     assert sorted(os.listdir(saved)) == sorted(os.listdir(base))
     for name in os.listdir(base):
@@ -129,7 +128,7 @@ def test_full_saves_what_only_the_files_hold(tiny_llama, tmp_path):
     base = tiny_llama(tied=True)
     files_that_repeat(base)
     model = trained_fully(base)
-    saved = METHODS["full"].save(model, tmp_path / "run", Checkpoint.open(base))
+    saved = Full().save(model, tmp_path / "run", Checkpoint.open(base))
     old, new = load_file(base / "model.safetensors"), load_file(saved / "model.safetensors")
     assert old.keys() == new.keys()
     assert torch.equal(new["lm_head.weight"], new["model.embed_tokens.weight"])
@@ -144,11 +143,11 @@ def test_mixed_precisions_are_kept(tiny_llama, tmp_path):
     path = base / "model.safetensors"
     held = {k: v.float() if "norm" in k else v for k, v in load_file(path).items()}
     save_file(held, path, {"format": "pt"})
-    saved = METHODS["full"].save(trained_fully(base), tmp_path / "full", Checkpoint.open(base))
+    saved = Full().save(trained_fully(base), tmp_path / "full", Checkpoint.open(base))
     assert {k: v.dtype for k, v in load_file(saved / "model.safetensors").items()} == {
         k: v.dtype for k, v in held.items()
     }
-    saved = METHODS["blocks"].save(expanded(base, torch.float32), tmp_path / "run", Checkpoint.open(base))
+    saved = Blocks().save(expanded(base, torch.float32), tmp_path / "run", Checkpoint.open(base))
     for name, tensor in load_file(saved / "blocks.safetensors").items():
         assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
 
@@ -156,7 +155,7 @@ def test_mixed_precisions_are_kept(tiny_llama, tmp_path):
 def test_full_saves_the_tokenizers_files_and_no_readme(tiny_llama, tmp_path):
     base = tiny_llama()
     (base / "README.md").write_text("the base's own card")
-    saved = METHODS["full"].save(trained_fully(base), tmp_path / "run", Checkpoint.open(base))
+    saved = Full().save(trained_fully(base), tmp_path / "run", Checkpoint.open(base))
     assert (saved / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert not (saved / "README.md").exists()
 
@@ -168,5 +167,5 @@ def test_the_base_is_never_overwritten(tiny_llama, tmp_path):
         model = plain(base) if method == "full" else expanded(base)
         before = (base / "model.safetensors").read_bytes()
         with pytest.raises(OutputError, match="inside the input"):
-            METHODS[method].save(model, tmp_path, Checkpoint.open(base))
+            (Full() if method == "full" else Blocks()).save(model, tmp_path, Checkpoint.open(base))
         assert (base / "model.safetensors").read_bytes() == before

@@ -157,7 +157,11 @@ def test_what_only_resembles_a_number_is_a_string(word):
         ("clip: 1.0", "clip: 1.0, betas: [0.9, 1.0]", "train.betas.1: "),
         ("clip: 1.0", "clip: 1.0, betas: [-0.1, 0.9]", "train.betas.0: "),
         ("warmup: 0.06", "warmup: 1", "train.warmup: "),
-        ("method: blocks", "method: lora", "train.method: input should be 'blocks' or 'full', found 'lora'"),
+        (
+            "method: blocks",
+            "method: lore",
+            "train.method: input should be 'blocks', 'full', 'lora', 'freeze', 'moe', 'scale' or",
+        ),
         ("blocks: 8", "blocks: 0", "expand.blocks: "),
         ("blocks: 8", "groups: 1", "expand: give blocks or after"),
         ("name: math, path", "path: x, hub", "data.sources.1: give either path or hub"),
@@ -210,14 +214,14 @@ def test_a_method_and_its_expand_section():
     (line,) = faults(changed("expand: {blocks: 8, placement: interleaved}", ""))
     assert "method blocks needs an expand section" in line
     (line,) = faults(changed("method: blocks", "method: full"))
-    assert "method full trains the base itself" in line
+    assert "method full trains on the base itself" in line
 
 
 def test_contradictions_are_told_with_the_other_faults():
     text = changed("method: blocks", "method: full").replace("batch_tokens: 4e6", "batch_tokens: 1")
     lines = faults(text.replace("general:", "generla:"))
     assert len(lines) == 2
-    assert any("method full trains the base itself" in line for line in lines)
+    assert any("method full trains on the base itself" in line for line in lines)
     assert any("less than one window" in line for line in lines)
     assert any("evaluate.generla" in line for line in lines)
 

@@ -56,7 +56,7 @@ def floor(model, recomputed=()):
 
 def executed(model):
     with FlopCounterMode(display=False) as counter:
-        summed_loss(model, TOKENS).backward()
+        summed_loss(model, TOKENS[:, :-1], TOKENS[:, 1:]).backward()
     return counter.get_total_flops()
 
 
@@ -90,7 +90,7 @@ def test_nothing_below_the_first_new_block_is_stored_or_has_a_gradient(layout):
     expected = [kind != "below" for kind in kinds(model)]
     assert needs == expected
     assert [block.saved > 0 for block in memory] == expected
-    summed_loss(model, TOKENS).backward()
+    summed_loss(model, TOKENS[:, :-1], TOKENS[:, 1:]).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
@@ -136,7 +136,7 @@ def test_computing_again_changes_no_gradient(mode):
         memory = measure_blocks(blocks, lambda model=model: model.base_model(TOKENS, use_cache=False))
         chosen = choose_blocks(memory, used, sum(block.saved for block in memory) // 2)
         recompute([blocks[index] for index in chosen])
-        summed_loss(model, TOKENS).backward()
+        summed_loss(model, TOKENS[:, :-1], TOKENS[:, 1:]).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     plain, again = gradients
     assert plain.keys() == again.keys()
@@ -173,7 +173,7 @@ def test_the_loss_is_cross_entropy_of_the_models_own_logits(name, frozen, monkey
     (functional.cross_entropy(logits, TOKENS[:, 1:].flatten(), reduction="sum") / 7).backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    (summed_loss(model, TOKENS) / 7).backward()
+    (summed_loss(model, TOKENS[:, :-1], TOKENS[:, 1:]) / 7).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == wanted.keys()
     for key, gradient in wanted.items():
@@ -185,5 +185,27 @@ def test_the_logits_of_a_batch_are_never_whole(monkeypatch):
     model = llama(blocks=1)
     positions = []
     model.lm_head.register_forward_hook(lambda _, __, logits: positions.append(logits.shape[1]))
-    summed_loss(model, TOKENS).backward()
+    summed_loss(model, TOKENS[:, :-1], TOKENS[:, 1:]).backward()
     assert positions == [4] * 8
+
+
+def test_parted_documents_have_the_gradients_they_have_alone():
+    first, second = TOKENS[:1, :20], TOKENS[1:, :12]
+    inputs = torch.cat([first[:, :-1], second[:, :-1]], dim=1)
+    targets = torch.cat([first[:, 1:], second[:, 1:]], dim=1)
+    targets[0, 3] = loss_module.IGNORED
+    positions = torch.cat([torch.arange(19), torch.arange(11)])[None]
+    model = llama(blocks=2)
+    packed = summed_loss(model, inputs, targets, positions)
+    packed.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    alone = 0
+    for document in (first, second):
+        logits = model(document[:, :-1], use_cache=False).logits
+        each = functional.cross_entropy(logits[0], document[0, 1:], reduction="none")
+        alone = alone + each.sum() - (each[3] if document is first else 0)
+    alone.backward()
+    torch.testing.assert_close(packed, alone)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5)

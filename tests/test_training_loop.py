@@ -1,7 +1,6 @@
 import copy
 import os
 import signal
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from conftest import write_tiny_llama
 from transformers import AutoModelForCausalLM
 
+from deepen.data.batches import Batch
 from deepen.errors import Interrupted, TrainingError
 from deepen.expansion import plan_layout
 from deepen.model import freeze_base, insert_blocks
@@ -20,15 +20,9 @@ from deepen.training.schedule import learning_rate
 from deepen.training.signals import stop_on_signal
 
 
-@dataclass
-class FakeBatch:
-    tokens: np.ndarray
-    sources: np.ndarray
-
-
 def batch_at(step, windows):
     generator = np.random.default_rng(step)
-    return FakeBatch(generator.integers(0, 96, (windows, 17)), generator.integers(0, 2, windows))
+    return Batch(generator.integers(0, 96, (windows, 17)), generator.integers(0, 2, windows))
 
 
 def settings(**changes):

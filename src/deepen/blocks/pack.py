@@ -1,46 +1,27 @@
 """A block pack: the new blocks alone (`blocks.safetensors`) and the record of them (`expansion.json`)."""
 
-import time
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from deepen.checkpoint import (
-    Checkpoint,
-    Shard,
-    Tensor,
-    atomic_directory,
-    check_free,
-    contained,
-    fast_fingerprint,
-    read_shard,
-)
+from deepen.blocks.hub import resolve_pack
+from deepen.checkpoint import Shard, Tensor, contained, fast_fingerprint, read_shard
 from deepen.errors import PackError
 from deepen.expansion import (
     MANIFEST_NAME,
     Base,
     Copy,
-    ExpandResult,
     Expansion,
+    Layout,
     NewBlockRecord,
-    Plan,
-    PlannedFile,
     PlannedTensor,
-    PreparedCheckpoint,
-    Progress,
-    aligned,
-    base_name,
-    check_space,
     count_parameters,
     expanded_tensors,
     open_base,
-    plan_files,
     read_expansion,
-    write_checkpoint,
-    write_weights,
 )
-from deepen.families import family_for
 
 BLOCKS_NAME: Final = "blocks.safetensors"
 
@@ -64,41 +45,88 @@ class Pack:
         """Number of elements."""
         return count_parameters(self.shard.tensors)
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of its tensors, each once."""
+        return tuple(sorted({tensor.dtype for tensor in self.shard.tensors}))
+
+    def check_names(self) -> None:
+        """Refuse a pack whose tensors are not its new blocks', as far as can be said without its base.
+
+        Raises:
+            PackError: a tensor is in no new block, or a block has none.
+        """
+        prefixes = {
+            block.index: block_prefix(block, self.directory) for block in self.expansion.latest_blocks
+        }
+        names = [tensor.name for tensor in self.shard.tensors]
+        for name in names:
+            if not name.startswith(tuple(prefixes.values())):
+                raise PackError(
+                    f"{self.shard.path}: tensor {name!r} belongs to no new block of {MANIFEST_NAME}"
+                )
+        for index, prefix in prefixes.items():
+            if not any(name.startswith(prefix) for name in names):
+                raise PackError(f"{self.shard.path}: has no tensor of new block {index}")
+
+
+def block_prefix(block: NewBlockRecord, where: Path) -> str:
+    """Return what the names of a new block's tensors begin with, by its record: `model.layers.4.`.
+
+    Raises:
+        PackError: the record names no tensor of the block.
+    """
+    number = f".{block.index}."
+    for name in block.filled:
+        head, found, _ = name.partition(number)
+        if found:
+            return head + number
+    raise PackError(f"{where / MANIFEST_NAME}: new block {block.index}: filled names none of its tensors")
+
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractResult:
-    """What was written.
+class Fit:
+    """A pack was held to a base and fits.
 
     Attributes:
-        directory: the pack.
-        new_blocks: as recorded in its `expansion.json`.
-        parameters: number of elements.
-        bytes_written: size of `blocks.safetensors`.
-        seconds: how long it took.
+        base: the base's directory.
+        pack: the pack's.
+        layout: where the new blocks stand.
+        fingerprint: the base's, which the pack names (fast).
+        tensors: number of tensors compared by name, shape and dtype.
+        parameters: number of their elements.
+        dtypes: their dtypes.
     """
 
-    directory: Path
-    new_blocks: tuple[NewBlockRecord, ...]
+    base: Path
+    pack: Path
+    layout: Layout
+    fingerprint: str
+    tensors: int
     parameters: int
-    bytes_written: int
-    seconds: float
+    dtypes: tuple[str, ...]
 
 
-def open_pack(directory: str | Path) -> Pack:
-    """Open a block pack.
+def open_pack(pack: str | Path) -> Pack:
+    """Open a block pack; what the hub has is downloaded, or found in its cache.
+
+    Args:
+        pack: a directory or a hub id such as `someone/law-blocks`.
 
     Raises:
         PackError: there is no `blocks.safetensors`.
         CheckpointError: one of its two files is malformed.
     """
-    directory = Path(directory)
-    if not (directory / BLOCKS_NAME).exists():
+    directory = resolve_pack(pack)
+    if not os.path.lexists(directory / BLOCKS_NAME):
         raise PackError(f"{directory}: has no {BLOCKS_NAME}; this is not a block pack")
     return Pack(directory, read_expansion(directory), read_shard(contained(directory, BLOCKS_NAME)))
 
 
 def check_pack(pack: Pack, base: Base) -> None:
     """Refuse a pack that was not made for this base; reads headers and the base's fingerprint only.
+
+    Precision is not looked at: in memory a pack is converted. `fit_pack` does.
 
     Raises:
         PackError: it belongs to another base, or its tensors are not those of its new blocks.
@@ -117,87 +145,40 @@ def check_pack(pack: Pack, base: Base) -> None:
             raise _misfit(planned, held[name])
 
 
-def merge_pack(
-    base: str | Path,
-    pack: str | Path,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    shard_size: int | None = None,
-    progress: Progress | None = None,
-) -> ExpandResult:
-    """Write base and pack as one expanded checkpoint: the base's bytes, and the pack's for the new blocks.
+def fit_pack(base: str | Path, pack: str | Path) -> Fit:
+    """Hold a pack to a base and write nothing: family, depth, fingerprint, every tensor's shape and dtype.
 
     Args:
-        base: the base the pack was trained on.
-        pack: the pack.
-        out: the directory to create, whole or not at all.
-        overwrite: replace `out`.
-        shard_size: cut the weights into files of at most so many bytes; default: as the base's are.
-        progress: called with (bytes done, bytes in all).
+        base: the base's directory.
+        pack: directory or hub id of the pack.
 
     Raises:
-        PackError: the pack belongs to another base, or its tensors are not those of its new blocks.
-        CheckpointError: the base or the pack is malformed.
-        OutputError: `out` exists, overlaps an input, or does not fit the disk.
+        PackError: it does not fit; says why.
+        CheckpointError: one of the two is malformed.
     """
-    start = time.perf_counter()
-    check_free(Path(out), overwrite=overwrite)
     opened, held = open_base(base), open_pack(pack)
     check_pack(held, opened)
-    sourced = _sourced(expanded_tensors(opened, held.expansion.layout), held)
-    prepared = PreparedCheckpoint(
-        base=opened,
-        plan=plan_files(opened.checkpoint, sourced, shard_size=shard_size),
-        expansion=held.expansion,
+    planned = expanded_tensors(opened, held.expansion.layout)
+    sourced_tensors(planned, held)
+    return Fit(
+        base=opened.checkpoint.directory,
+        pack=held.directory,
+        layout=held.expansion.layout,
+        fingerprint=held.expansion.base_fingerprint.fast,
+        tensors=len(held.shard.tensors),
+        parameters=held.parameters,
+        dtypes=held.dtypes,
     )
-    return write_checkpoint(
-        prepared, Path(out), overwrite=overwrite, inside=(held.directory,), progress=progress, start=start
-    )
 
 
-def extract_pack(
-    expanded: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> ExtractResult:
-    """Write the new blocks of an expanded checkpoint as a pack.
-
-    Args:
-        expanded: the expanded checkpoint, trained or not.
-        out: the directory to create, whole or not at all.
-        overwrite: replace `out`.
-        progress: called with (bytes done, bytes in all).
+def sourced_tensors(planned: Iterable[PlannedTensor], pack: Pack) -> tuple[PlannedTensor, ...]:
+    """Let the new blocks' tensors come from the pack, as bytes.
 
     Raises:
-        PackError: its base tensors are no longer the base's, so that a pack would lose their changes.
-        CheckpointError: it is malformed, or not an expanded checkpoint.
-        OutputError: `out` exists, overlaps the input, or does not fit the disk.
+        PackError: one is of another dtype than the base's.
     """
-    start = time.perf_counter()
-    check_free(Path(out), overwrite=overwrite)
-    expansion, checkpoint = read_expansion(Path(expanded)), Checkpoint.open(expanded)
-    family = family_for(checkpoint.config, checkpoint.tensors, f"{expanded}/config.json")
-
-    def in_base(name: str) -> str | None:
-        return base_name(expansion, family, name)
-
-    if fast_fingerprint(checkpoint, in_base) != expansion.base_fingerprint.fast:
-        raise PackError(
-            f"{expanded}: its base blocks differ from {expansion.base}'s (by fingerprint).\n"
-            "They were trained too, and a pack of the new blocks would lose that: keep the whole checkpoint"
-        )
-    new = [tensor for name, tensor in checkpoint.tensors.items() if in_base(name) is None]
-    plan = Plan((_pack_file(new, checkpoint.shards[0].metadata),), None)
-    check_space(Path(out), plan.bytes_needed)
-    with atomic_directory(Path(out), overwrite=overwrite, inside=(checkpoint.directory,)) as partial:
-        write_weights(plan, partial, progress)
-        (partial / MANIFEST_NAME).write_text(expansion.to_json(), "utf-8")
-    return ExtractResult(
-        directory=Path(out),
-        new_blocks=expansion.new_blocks,
-        parameters=count_parameters(new),
-        bytes_written=plan.bytes_written,
-        seconds=time.perf_counter() - start,
-    )
+    held = {tensor.name: tensor for tensor in pack.shard.tensors}
+    return tuple(_from_pack(t, held[t.name]) if t.name in held else t for t in planned)
 
 
 def _check_base(pack: Pack, base: Base) -> None:
@@ -215,12 +196,6 @@ def _check_base(pack: Pack, base: Base) -> None:
         )
 
 
-def _sourced(planned: Iterable[PlannedTensor], pack: Pack) -> tuple[PlannedTensor, ...]:
-    """Let the new blocks' tensors come from the pack, as bytes."""
-    held = {tensor.name: tensor for tensor in pack.shard.tensors}
-    return tuple(_from_pack(t, held[t.name]) if t.name in held else t for t in planned)
-
-
 def _from_pack(planned: PlannedTensor, tensor: Tensor) -> PlannedTensor:
     if tensor.dtype != planned.dtype:
         raise _misfit(planned, tensor)
@@ -232,19 +207,3 @@ def _misfit(planned: PlannedTensor, tensor: Tensor) -> PackError:
         f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, "
         f"the base needs {planned.dtype} {list(planned.shape)}"
     )
-
-
-def _pack_file(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> PlannedFile:
-    planned = (
-        PlannedTensor(
-            name=tensor.name,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            length=tensor.length,
-            source=Copy(tensor.file, tensor.offset),
-            beside=BLOCKS_NAME,
-            block=None,
-        )
-        for tensor in tensors
-    )
-    return PlannedFile(BLOCKS_NAME, metadata, aligned(planned))

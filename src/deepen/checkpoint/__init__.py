@@ -19,6 +19,7 @@ from deepen.checkpoint.header import (
     Tensor,
     byte_count,
     parse_json,
+    read_json,
     read_shard,
     write_header,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "not_finite",
     "parse_json",
     "read_config",
+    "read_json",
     "read_shard",
     "resolve_base",
     "tensor_digest",

@@ -18,7 +18,7 @@ from pathlib import Path
 from deepen.checkpoint.rename import exchange, rename_new
 from deepen.errors import OutputError
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def check_free(target: Path, *, overwrite: bool = False) -> None:
     """
     if not os.path.lexists(target):
         return
-    if not target.is_dir():
+    if not os.path.isdir(target):
         raise OutputError(f"{target}: exists and is not a directory; choose another output")
     if not overwrite:
         raise OutputError(f"{target}: exists already; choose another output or say --overwrite")
@@ -127,12 +127,14 @@ def check_apart(target: Path, inputs: tuple[Path, ...]) -> None:
 
 def _make_parents(target: Path) -> list[Path]:
     """Create missing parents; return those created, outermost first."""
-    missing = [parent for parent in target.parents if not parent.exists()][::-1]
+    missing = [parent for parent in target.parents if not os.path.exists(parent)][::-1]
     made: list[Path] = []
     try:
         for parent in missing:
             parent.mkdir(exist_ok=True)
             made.append(parent)
+        if not target.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target.parent))
     except OSError as error:
         _unmake(made)
         raise OutputError(f"{target}: cannot be created: {error.strerror} ({error.filename})") from error

@@ -7,6 +7,7 @@ the data, which the offsets must cover without hole or overlap.
 
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,13 @@ from typing import Any, Final
 from deepen.errors import CheckpointError
 
 MAX_HEADER: Final = 100_000_000
+MAX_NAME: Final = 1000
 ITEM_BYTES: Final[Mapping[str, int]] = MappingProxyType(
     {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4}
     | {"BF16": 2, "F16": 2, "I16": 2, "U16": 2, "BOOL": 1, "I8": 1, "U8": 1}
     | {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1}
 )
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,14 +99,42 @@ def byte_count(dtype: str, shape: Sequence[int]) -> int:
     return count
 
 
-def parse_json(text: str | bytes, path: Path) -> Any:
-    """Parse JSON that must not repeat a key.
+def read_json(path: Path, hint: str = "") -> Any:
+    """Read a JSON file; see `parse_json`.
+
+    Args:
+        path: the file.
+        hint: what to say besides if there is none.
 
     Raises:
-        CheckpointError: not JSON, nested too deeply, or a key stands twice.
+        CheckpointError: absent, no regular file, over 100 MB, or malformed.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: is not a regular file")
+        if found.st_size > MAX_HEADER:
+            raise CheckpointError(f"{path}: {found.st_size} bytes are too many for a file of its kind")
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        more = hint if isinstance(error, FileNotFoundError) else ""
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}{more}") from None
+
+
+def parse_json(text: str | bytes, path: Path) -> Any:
+    """Parse JSON in UTF-8 that must not repeat a key.
+
+    Raises:
+        CheckpointError: not JSON, nested too deeply, a key stands twice, or a string is no valid Unicode.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_unique)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: a string in its JSON holds a lone surrogate") from None
     except _RepeatedKey as error:
         raise CheckpointError(f"{path}: {error.args[0][:200]!r} stands twice in its JSON") from None
     except RecursionError:
@@ -166,6 +197,8 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> Tensor:
     def fault(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name[:200]!r}: {what}")
 
+    if len(name) > MAX_NAME:
+        raise fault(f"its name has {len(name)} characters, more than {MAX_NAME}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fault("its header entry is not {dtype, shape, data_offsets}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -1,5 +1,6 @@
 """A base named by a directory or by a hub id."""
 
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -22,9 +23,9 @@ def resolve_base(base: str | Path) -> Path:
     Raises:
         CheckpointError: it is neither, or the hub does not give it.
     """
-    if str(base) and Path(base).is_dir():
+    if str(base) and os.path.isdir(base):
         return Path(base)
-    if isinstance(base, Path) or not _HUB_ID.fullmatch(base) or Path(base).exists():
+    if isinstance(base, Path) or not _HUB_ID.fullmatch(base) or os.path.lexists(base):
         raise CheckpointError(
             f"{base or '(nothing)'}: no such directory; give a checkpoint's directory or a hub id"
         )

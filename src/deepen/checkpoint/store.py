@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from deepen.checkpoint.header import Shard, Tensor, parse_json, read_shard
+from deepen.checkpoint.header import Shard, Tensor, read_json, read_shard
 from deepen.errors import CheckpointError
 
 SINGLE: Final = "model.safetensors"
@@ -37,17 +37,17 @@ class Checkpoint:
         """Open a checkpoint and check everything that can be checked without reading its tensors.
 
         Raises:
-            CheckpointError: missing, malformed, unsafe to follow, pickled or quantised; names the place.
+            CheckpointError: missing, malformed, unsafe to follow or pickled; names the place.
         """
         directory = Path(directory)
-        if not directory.is_dir():
-            found = "is not a directory" if directory.exists() else "no such directory"
+        if not os.path.isdir(directory):
+            found = "is not a directory" if os.path.exists(directory) else "no such directory"
             raise CheckpointError(f"{directory}: {found}; give a checkpoint's directory")
         config = read_config(directory)
-        if (directory / SINGLE).exists() or (directory / SINGLE).is_symlink():
+        if os.path.lexists(directory / SINGLE):
             shard = read_shard(contained(directory, SINGLE))
             return cls(directory=directory, config=config, shards=(shard,), index=None)
-        if (directory / INDEX).exists():
+        if os.path.lexists(directory / INDEX):
             shards, index = _open_index(directory)
             return cls(directory=directory, config=config, shards=shards, index=index)
         raise _no_weights(directory)
@@ -62,22 +62,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read `config.json`.
 
     Raises:
-        CheckpointError: absent, not a JSON object, or of a quantised model.
+        CheckpointError: absent, or not a JSON object.
     """
     path = contained(directory, CONFIG)
-    try:
-        config = parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; a checkpoint is a directory with config.json in it"
-        ) from None
+    config = read_json(path, hint="; a checkpoint is a directory with config.json in it")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{path}: quantization_config: quantised checkpoints cannot be expanded "
-            "(zero bytes need not mean zero); use the unquantised model"
-        )
     return config
 
 
@@ -99,10 +89,7 @@ def contained(directory: Path, name: str) -> Path:
 
 def _open_index(directory: Path) -> tuple[tuple[Shard, ...], dict[str, Any]]:
     path = contained(directory, INDEX)
-    try:
-        raw = parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    raw = read_json(path)
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map")
@@ -117,16 +104,17 @@ def _open_index(directory: Path) -> tuple[tuple[Shard, ...], dict[str, Any]]:
 
 
 def _check_name(name: Any, tensor: str, path: Path) -> None:
-    plain = isinstance(name, str) and name.endswith(".safetensors") and not {"/", "\\", "\0"} & set(name)
-    if not plain:
+    text = name if isinstance(name, str) else ""
+    if len(text) > 255 or not text.endswith(".safetensors") or {"/", "\\", "\0"} & set(text):
         raise CheckpointError(
-            f"{path}: tensor {tensor!r}: {str(name)[:200]!r} is not the name of a safetensors file beside it"
+            f"{path}: tensor {tensor[:200]!r}: {str(name)[:200]!r} is not "
+            "the name of a safetensors file beside it"
         )
 
 
 def _shard_path(directory: Path, name: str, index: Path) -> Path:
     path = contained(directory, name)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path}: this shard is named in {index.name} but missing; fetch it")
     return path
 
@@ -142,7 +130,9 @@ def _check_shard(shard: Shard, weight_map: Mapping[str, str], index: Path) -> No
             )
     for name, file in weight_map.items():
         if file == shard.path.name and name not in held:
-            raise CheckpointError(f"{shard.path}: tensor {name!r} is missing; {index.name} says it is here")
+            raise CheckpointError(
+                f"{shard.path}: tensor {name[:200]!r} is missing; {index.name} says it is here"
+            )
 
 
 def _no_weights(directory: Path) -> CheckpointError:

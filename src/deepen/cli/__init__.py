@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "verify": "deepen.cli.verify",
     "blocks": "deepen.cli.blocks",
     "import": "deepen.cli.import_model",
+    "data": "deepen.cli.data",
     "run": "deepen.cli.run",
     "compare": "deepen.cli.compare",
     "report": "deepen.cli.report",

@@ -35,13 +35,13 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def parse_after(text: str) -> list[int]:
+def parse_after(text: str, option: str = "'--after'") -> list[int]:
     """Return block numbers from `3,7,11`."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is not a list of block numbers; write for example 3,7,11", param_hint="'--after'"
+            f"{text!r} is not a list of block numbers; write for example 3,7,11", param_hint=option
         ) from None
 
 

@@ -101,10 +101,8 @@ def _report_plan(plan: "RunPlan", as_json: bool) -> None:
     print(dump_recipe(plan.recipe))
     print(f"layout      {plan.layout.draw() if plan.layout else 'the base as it is'}")
     counts = plan.parameters
-    print(
-        f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; "
-        f"{human_count(counts.trainable)} train"
-    )
+    trained = "adapters" if counts.trainable is None else human_count(counts.trainable)
+    print(f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; {trained} train")
     length = plan.recipe.data.sequence_length
     print(
         f"tokens      {human_count(plan.tokens)} in {plan.steps} steps of {plan.windows} windows × "

@@ -64,6 +64,12 @@ class TextSet(Section):
     split: str = "train"
     """Split of the hub dataset."""
 
+    revision: str | None = None
+    """Commit, tag or branch of the hub dataset; default: the newest commit."""
+
+    stream: bool = False
+    """Read the hub dataset as it arrives, with no copy of it on disk but the corpus."""
+
     field: str | None = None
     """Key that holds the text in a record; default `text`."""
 
@@ -79,6 +85,8 @@ class TextSet(Section):
             raise ValueError("give either path or hub")
         if self.field is not None and self.template is not None:
             raise ValueError("give either field or template")
+        if self.hub is None and (self.stream or self.revision is not None):
+            raise ValueError("stream and revision are for hub datasets")
         return self
 
     @property
@@ -120,6 +128,26 @@ class ExpandSection(Section):
         return self
 
 
+class DecontaminateSection(Section):
+    """Training documents that share a run of words with an evaluation text."""
+
+    ngram: Annotated[Count, Field(ge=8)] = 13
+    """Words in a run. Case and punctuation do not count."""
+
+    action: Literal["drop", "report"] = "drop"
+    """`drop` leaves such documents out of training; `report` only counts them."""
+
+
+class DeduplicateSection(Section):
+    """Training documents that are nearly the same as one before them, in any source."""
+
+    similarity: Annotated[Positive, Field(ge=0.6, le=1)] = 0.8
+    """Least share of equal five-word runs (Jaccard, estimated by MinHash) that makes a duplicate."""
+
+    action: Literal["drop", "report"] = "drop"
+    """`drop` keeps the first of them; `report` only counts them."""
+
+
 class DataSection(Section):
     """What is trained on and how it is cut."""
 
@@ -128,6 +156,18 @@ class DataSection(Section):
 
     sources: Annotated[tuple[Source, ...], BeforeValidator(_sequence), Field(min_length=1)]
     """The mixture."""
+
+    packing: Literal["stream", "best_fit"] = "stream"
+    """`stream`: documents end to end, cut every window. `best_fit`: documents whole wherever one fits."""
+
+    document_masks: bool = False
+    """No token attends to, or is predicted from, another document; positions restart with each."""
+
+    decontaminate: DecontaminateSection | None = None
+    """Check the sources against the evaluation texts and the held-out documents; null: no check."""
+
+    deduplicate: DeduplicateSection | None = None
+    """Check the sources for near-duplicates; null: no check."""
 
     heldout: Share = 0.0
     """Share of every source's documents kept out of training; they are evaluated as domain text."""
@@ -139,11 +179,62 @@ class DataSection(Section):
     """Processes that tokenise. With 1 a fast tokenizer uses threads of its own, which is often faster."""
 
 
+class LoraSection(Section):
+    """Settings of method `lora`."""
+
+    rank: Count = 16
+    """r, the rank of the two factors."""
+
+    alpha: Count | None = None
+    """Scale of the adapter, divided by r (`rslora`: by its root); default: 2 r."""
+
+    dropout: Share = 0.0
+    """Dropout before the adapter."""
+
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """`lora`, rank-stabilised (`rslora`), or with magnitudes apart from directions (`dora`)."""
+
+
+class FreezeSection(Section):
+    """Settings of method `freeze`."""
+
+    blocks: Count = 1
+    """Number of base blocks that train."""
+
+    placement: Literal["interleaved", "suffix", "prefix"] = "interleaved"
+    """Which: those that new blocks so placed would copy."""
+
+
+class PromptSection(Section):
+    """Settings of method `prompt`."""
+
+    length: Count = 10
+    """Learned prompt positions in each block."""
+
+    blocks: Count | None = None
+    """Number of blocks that have them, from the top; default: all."""
+
+
 class TrainSection(Section):
     """How the trainable parameters are trained."""
 
-    method: Literal["blocks", "full"] = "blocks"
-    """What trains: the new blocks, or every parameter of the base (no expansion)."""
+    method: Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt"] = "blocks"
+    """What trains: the new blocks; or, without expansion, every parameter (`full`), low-rank adapters
+    (`lora`), some of the base's blocks (`freeze`), a second expert in each feed-forward (`moe`, the paper's
+    control), norms, biases and scales (`scale`, LLaMA-Adapter V2), or attention prompts (`prompt`,
+    LLaMA-Adapter)."""
+
+    lora: LoraSection = LoraSection()
+    """For method `lora`."""
+
+    freeze: FreezeSection = FreezeSection()
+    """For method `freeze`."""
+
+    prompt: PromptSection = PromptSection()
+    """For method `prompt`."""
+
+    match_parameters: Count | None = None
+    """Trainable parameters to come as near to as possible: decides `lora.rank` or `freeze.blocks`."""
 
     tokens: Count
     """Token budget; rounded up to whole steps."""
@@ -202,6 +293,9 @@ class TrainSection(Section):
     checkpoint_every: Count | None = None
     """Steps between checkpoints; default: a tenth of the run."""
 
+    log: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_sequence)] = ()
+    """Where metrics are shown besides `metrics.jsonl`; each needs its package installed."""
+
     keep_checkpoints: Count = 2
     """Checkpoints kept; older ones are removed."""
 
@@ -245,8 +339,10 @@ class Recipe(Section):
         faults = []
         if train.method == "blocks" and expand is None:
             faults.append("method blocks needs an expand section (for example expand: {blocks: 8})")
-        if train.method == "full" and isinstance(expand, ExpandSection):
-            faults.append("method full trains the base itself; remove the expand section")
+        if train.method != "blocks" and isinstance(expand, ExpandSection):
+            faults.append(f"method {train.method} trains on the base itself; remove the expand section")
+        if train.match_parameters and train.method not in ("lora", "freeze"):
+            faults.append(f"match_parameters has nothing to choose in method {train.method}")
         if data and train.batch_tokens < data.sequence_length:
             faults.append(
                 f"batch_tokens {train.batch_tokens} is less than one window of "

@@ -25,7 +25,11 @@ Progress = Callable[[str, int, int | None], None]
 _BATCH_BYTES = 1 << 20
 _TEXTS = "texts.arrow"
 _TEXT_BATCHES = pa.schema([("documents", pa.large_list(pa.large_string())), ("bytes", pa.int64())])
-_HELDOUT = pa.schema([("text", pa.large_string())])
+HELDOUT = "heldout.arrow"
+HELDOUT_SCHEMA = pa.schema([("text", pa.large_string())])
+
+
+Unit = tuple[int, list[str]]
 
 
 @dataclass(kw_only=True)
@@ -35,31 +39,66 @@ class _Counts:
     heldout_documents: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How text becomes a corpus.
+
+    Attributes:
+        tokenizer: a transformers tokenizer.
+        eos: the token that ends a document.
+        dtype: of the ids on disk.
+        heldout: share of the documents kept out.
+        workers: processes that tokenise.
+        progress: told how far it is.
+    """
+
+    tokenizer: Any
+    eos: int
+    dtype: np.dtype[Any]
+    heldout: float
+    workers: int
+    progress: Progress | None
+
+
+def cut_units(documents: Iterator[str]) -> Iterator[list[str]]:
+    """Cut a run of documents into runs of about a megabyte, always at the same places."""
+    unit: list[str] = []
+    size = 0
+    for document in documents:
+        unit.append(document)
+        size += len(document.encode())
+        if size >= _BATCH_BYTES:
+            yield unit
+            unit, size = [], 0
+    if unit:
+        yield unit
+
+
 def build_corpus(
-    target: Path,
-    documents: Iterator[str],
-    tokenizer: Any,
-    *,
-    eos: int,
-    dtype: np.dtype[Any],
-    heldout: float,
-    workers: int,
-    progress: Progress | None,
-    meta: dict[str, Any],
+    target: Path, units: Iterator[Unit], making: Making, meta: dict[str, Any], *, piece: bool = False
 ) -> None:
     """Write the directory described in `deepen.data.corpus`, whole or not at all.
 
     The text lies on disk a second time, inside the unfinished directory, until it is tokenised.
+
+    Args:
+        target: the directory; an unfinished one there is replaced.
+        units: numbered runs of documents (see `cut_units`).
+        making: how.
+        meta: what `corpus.json` says besides the counts.
+        piece: it is one piece of a corpus: it may be empty, and the numbers of its units are kept.
     """
-    report = progress or (lambda stage, done, total: None)
+    report = making.progress or (lambda stage, done, total: None)
     with atomic_directory(target, overwrite=target.exists()) as partial:
-        counts = _write_texts(partial, documents, heldout, report)
-        _check_sides(counts, heldout, str(meta["source"]))
-        arguments = {"tokenizer": tokenizer, "eos": eos, "dtype": dtype.name}
-        tokens = _tokenise(partial, arguments, workers, report)
+        counts, written = _write_texts(partial, units, making.heldout, report)
+        if not piece:
+            check_sides(counts.documents, counts.heldout_documents, making.heldout, str(meta["source"]))
+        tokens = _tokenise(partial, making, report) if counts.documents else 0
         (partial / _TEXTS).unlink()
-        meta = meta | vars(counts) | {"tokens": tokens, "dtype": dtype.name}
-        (partial / META).write_text(json.dumps(meta, indent=1))
+        meta = meta | vars(counts) | {"tokens": tokens, "dtype": making.dtype.name}
+        if piece:
+            meta["units"] = written
+        (partial / META).write_text(json.dumps(meta, indent=None if piece else 1))
 
 
 def is_heldout(document: str, share: float) -> bool:
@@ -68,57 +107,64 @@ def is_heldout(document: str, share: float) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-def _write_texts(partial: Path, documents: Iterator[str], heldout: float, report: Progress) -> _Counts:
-    """Write the training documents in batches of about a megabyte, the held-out ones beside them."""
-    counts = _Counts()
-    batch: list[str] = []
-    size = 0
+def _write_texts(
+    partial: Path, units: Iterator[Unit], heldout: float, report: Progress
+) -> tuple[_Counts, list[list[int]]]:
+    """Write the training documents, a batch a unit, and the held-out ones beside them.
+
+    Returns:
+        The counts in all, and of each unit its number, training documents and held-out ones.
+    """
+    counts, written = _Counts(), []
     with (
         pa.OSFile(str(partial / _TEXTS), "wb") as texts,
-        pa.OSFile(str(partial / "heldout.arrow"), "wb") as kept,
+        pa.OSFile(str(partial / HELDOUT), "wb") as kept,
         pa.ipc.new_stream(texts, _TEXT_BATCHES) as training,
-        pa.ipc.new_stream(kept, _HELDOUT) as held,
+        pa.ipc.new_stream(kept, HELDOUT_SCHEMA) as held,
     ):
-        for document in documents:
-            if heldout and is_heldout(document, heldout):
-                counts.heldout_documents += 1
-                held.write_batch(pa.record_batch([[document]], schema=_HELDOUT))
-                continue
-            batch.append(document)
-            size += len(document.encode())
-            if size >= _BATCH_BYTES:
-                _flush(training, batch, size, counts)
-                report("read", counts.bytes, None)
-                batch, size = [], 0
-        if batch:
-            _flush(training, batch, size, counts)
-    return counts
+        for number, documents in units:
+            trained: list[str] = []
+            for document in documents:
+                if heldout and is_heldout(document, heldout):
+                    held.write_batch(pa.record_batch([[document]], schema=HELDOUT_SCHEMA))
+                else:
+                    trained.append(document)
+            if trained:
+                size = sum(len(document.encode()) for document in trained)
+                training.write_batch(pa.record_batch([[trained], [size]], schema=_TEXT_BATCHES))
+                counts.bytes += size
+            counts.documents += len(trained)
+            counts.heldout_documents += len(documents) - len(trained)
+            written.append([number, len(trained), len(documents) - len(trained)])
+            report("read", counts.bytes, None)
+    return counts, written
 
 
-def _flush(training: Any, batch: list[str], size: int, counts: _Counts) -> None:
-    training.write_batch(pa.record_batch([[batch], [size]], schema=_TEXT_BATCHES))
-    counts.documents += len(batch)
-    counts.bytes += size
+def check_sides(documents: int, heldout_documents: int, heldout: float, source: str) -> None:
+    """Refuse a corpus without text, or with nothing on one side of the split.
 
-
-def _check_sides(counts: _Counts, heldout: float, source: str) -> None:
-    total = counts.documents + counts.heldout_documents
+    Raises:
+        DataError: it is so.
+    """
+    total = documents + heldout_documents
     if total == 0:
         raise DataError(f"{source}: holds no text: every document is empty or white space")
     advice = "cut it into more documents (separator) or change data.heldout"
-    if counts.documents == 0:
+    if documents == 0:
         raise DataError(f"{source}: all {total} documents fall to the held-out side at {heldout}; {advice}")
-    if heldout and counts.heldout_documents == 0:
+    if heldout and heldout_documents == 0:
         raise DataError(
             f"{source}: none of {total} documents falls to the held-out side at {heldout}; {advice}"
         )
 
 
-def _tokenise(partial: Path, arguments: dict[str, Any], workers: int, report: Progress) -> int:
+def _tokenise(partial: Path, making: Making, report: Progress) -> int:
     """Map batches of documents to `tokens-….arrow`; return the number of tokens."""
     import datasets
 
-    with quiet_datasets(), _tokenizer_threads(allowed=workers == 1):
+    workers = making.workers
+    arguments = {"tokenizer": making.tokenizer, "eos": making.eos, "dtype": making.dtype.name}
+    with quiet_datasets(), tokenizer_threads(allowed=workers == 1):
         batches = datasets.Dataset.from_file(str(partial / _TEXTS)).with_format("arrow")
         features = datasets.Features({"tokens": datasets.LargeList(datasets.Value(arguments["dtype"]))})
         sizes = np.cumsum(batches.data.column("bytes").to_numpy())
@@ -154,7 +200,7 @@ def _tokenise_batch(table: pa.Table, *, tokenizer: Any, eos: int, dtype: str) ->
 
 
 @contextmanager
-def _tokenizer_threads(*, allowed: bool) -> Iterator[None]:
+def tokenizer_threads(*, allowed: bool) -> Iterator[None]:
     """Keep fast tokenizers from threading inside forked processes, where their thread pool can hang."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)

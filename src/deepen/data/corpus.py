@@ -13,8 +13,9 @@ tokenizer's behaviour and the held-out share. Where the files lie and when they 
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from deepen.config.recipe import TextSet
-from deepen.data.build import FORMAT_VERSION, META, Progress, build_corpus
-from deepen.data.digests import file_digests, file_stamp
-from deepen.data.documents import find_files, read_files
-from deepen.data.files import kind_of
-from deepen.data.hub import load_hub
-from deepen.data.rows import read_dataset, select
+from deepen.data.build import FORMAT_VERSION, HELDOUT, META, Making, Progress, build_corpus, cut_units
+from deepen.data.pieces import Piece, join_pieces, map_documents, remove_pieces, take
+from deepen.data.sources import OpenSource, open_source
 from deepen.data.tokens import digest_of, end_of_text, token_dtype, tokenizer_digest
-from deepen.errors import DataError, OutputError
+from deepen.errors import DataError, DeepenError, OutputError
 
 Tokens = npt.NDArray[np.int64]
 
@@ -81,8 +79,12 @@ class Corpus:
         Returns:
             `length + 1` ids: the first `length` are inputs, the last `length` their targets.
         """
-        result = np.empty(length + 1, dtype=np.int64)
-        position = index * length % self.tokens
+        return self.read(index * length, length + 1)
+
+    def read(self, position: int, count: int) -> Tokens:
+        """Return `count` ids of the stream from `position` on, read in a circle."""
+        result = np.empty(count, dtype=np.int64)
+        position %= self.tokens
         filled = 0
         while filled < len(result):
             number = bisect_right(self._ends, position)
@@ -94,9 +96,24 @@ class Corpus:
             position = (position + len(part)) % self.tokens
         return result
 
+    @cached_property
+    def document_ends(self) -> npt.NDArray[np.int64]:
+        """Where each document ends in the stream: [documents], rising, the last equal to `tokens`.
+
+        Eight bytes a document in memory, from the first use on.
+        """
+        ends = np.empty(self.documents, dtype=np.int64)
+        at, reached = 0, 0
+        for chunk in map_documents(self.directory):
+            offsets = chunk.offsets.to_numpy(zero_copy_only=True)
+            here = offsets[1:] - offsets[0] + reached
+            ends[at : at + len(here)] = here
+            at, reached = at + len(here), int(offsets[-1] - offsets[0]) + reached
+        return ends
+
     def heldout_texts(self) -> Iterator[str]:
         """Read the held-out documents in the order of the source."""
-        with pa.memory_map(str(self.directory / "heldout.arrow")) as source:
+        with pa.memory_map(str(self.directory / HELDOUT)) as source:
             for batch in pa.ipc.open_stream(source):
                 for text in batch.column("text"):
                     yield text.as_py()
@@ -128,34 +145,90 @@ def prepare_corpus(
         DataError: the source is missing, empty, malformed, or all on one side of the split.
         OutputError: the cache cannot be written.
     """
+    making, source, key, target = _plan(text, tokenizer, cache, heldout, workers, progress)
+    if not (target / META).is_file():
+        units = enumerate(cut_units(chain.from_iterable(part.read() for part in source.parts)))
+        _once(target, lambda: build_corpus(target, units, making, _meta(key, text, heldout)))
+    return Corpus(target)
+
+
+def prepare_piece(
+    text: TextSet,
+    tokenizer: Any,
+    piece: Piece,
+    *,
+    cache: Path,
+    heldout: float = 0.0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Corpus | None:
+    """Tokenise one piece of a text set, and join the pieces if they are all there.
+
+    Pieces are independent: any process on any machine that sees the cache may make any of them, in any
+    order, again after a kill; a piece already there is left as it is.
+
+    Args:
+        text: what to read.
+        tokenizer: as for `prepare_corpus`, as are the other arguments.
+        piece: which of how many.
+        cache: the directory that all of them share.
+        heldout: share of the documents to keep out of training.
+        workers: processes that tokenise.
+        progress: told how far it is.
+
+    Returns:
+        The corpus, equal to that of `prepare_corpus`, or None while pieces are missing.
+
+    Raises:
+        DataError: the source is missing, empty, malformed, or all on one side of the split.
+        OutputError: the cache cannot be written.
+    """
+    making, source, key, target = _plan(text, tokenizer, cache, heldout, workers, progress)
+    folder = cache / "pieces" / f"{key[:32]}-{piece.count}"
+    meta = _meta(key, text, heldout)
+    if not (target / META).is_file():
+        place = folder / str(piece.number)
+        if not (place / META).is_file():
+            _once(place, lambda: build_corpus(place, take(piece, source.parts), making, meta, piece=True))
+        if all((folder / str(i + 1) / META).is_file() for i in range(piece.count)):
+            _once(target, lambda: join_pieces(folder, piece.count, target, meta))
+    if not (target / META).is_file():
+        return None
+    remove_pieces(folder)
+    return Corpus(target)
+
+
+def _plan(
+    text: TextSet, tokenizer: Any, cache: Path, heldout: float, workers: int, progress: Progress | None
+) -> tuple[Making, OpenSource, str, Path]:
+    """Open the source; return how it is built, its key and its place."""
     eos = end_of_text(tokenizer)
     _make(cache)
-    contents, documents = _open_source(text, cache)
-    key = _key(contents, text, tokenizer, heldout)
-    target = cache / "corpora" / key[:32]
-    if not (target / META).is_file():
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "digest": key,
-            "source": text.path or text.hub,
-            "heldout": heldout,
-        }
-        try:
-            build_corpus(
-                target,
-                documents,
-                tokenizer,
-                eos=eos,
-                dtype=token_dtype(tokenizer),
-                heldout=heldout,
-                workers=workers,
-                progress=progress,
-                meta=meta,
-            )
-        except OutputError:
-            if not (target / META).is_file():  # else another process was first
-                raise
-    return Corpus(target)
+    source = open_source(text, cache)
+    key = _key(source.contents, text, tokenizer, heldout)
+    making = Making(
+        tokenizer=tokenizer,
+        eos=eos,
+        dtype=token_dtype(tokenizer),
+        heldout=heldout,
+        workers=workers,
+        progress=progress,
+    )
+    return making, source, key, cache / "corpora" / key[:32]
+
+
+def _meta(key: str, text: TextSet, heldout: float) -> dict[str, Any]:
+    source = text.path or text.hub
+    return {"format_version": FORMAT_VERSION, "digest": key, "source": source, "heldout": heldout}
+
+
+def _once(target: Path, work: Callable[[], None]) -> None:
+    """Make a directory, unless another process is first."""
+    try:
+        work()
+    except (DeepenError, OSError):  # pieces are removed when one process has joined them
+        if not (target / META).is_file():
+            raise
 
 
 def _key(contents: list[list[str]], text: TextSet, tokenizer: Any, heldout: float) -> str:
@@ -179,34 +252,6 @@ def _make(cache: Path) -> None:
         ) from error
 
 
-def _open_source(text: TextSet, cache: Path) -> tuple[list[list[str]], Iterator[str]]:
-    """Return what identifies the content, file by file, and the documents themselves."""
-    if text.hub is not None:
-        dataset = load_hub(text, cache / "hub")
-        copies = [Path(file["filename"]) for file in dataset.cache_files]
-        contents = [["hub", digest] for digest in file_digests(copies, cache)] or [
-            ["hub", dataset._fingerprint]
-        ]
-        rows = read_dataset(dataset, select(text), text.hub)
-        return contents, (document for document in rows if document and not document.isspace())
-    files = find_files(text)
-    stamps = [file_stamp(path) for path in files]
-    digests = file_digests(files, cache)
-    contents = [
-        [f"{kind_of(path)}{path.suffix == '.gz'}", digest]
-        for path, digest in zip(files, digests, strict=True)
-    ]
-    return contents, _unchanged(files, stamps, text)
-
-
-def _unchanged(files: tuple[Path, ...], stamps: list[tuple[int, int, int]], text: TextSet) -> Iterator[str]:
-    """Read the files, and fail at the end if one is no longer what was hashed."""
-    yield from read_files(files, text)
-    for path, stamp in zip(files, stamps, strict=True):
-        if file_stamp(path) != stamp:
-            raise DataError(f"{path}: changed while it was read; start again when it is complete")
-
-
 def _read_meta(directory: Path) -> dict[str, Any]:
     path = directory / META
     try:
@@ -222,10 +267,7 @@ def _read_meta(directory: Path) -> dict[str, Any]:
 
 def _token_chunks(directory: Path) -> Iterator[npt.NDArray[Any]]:
     """Map the ids of each record batch; nothing is read until it is looked at."""
-    for path in sorted(directory.glob("tokens-*.arrow")):
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_stream(source).read_all()
-        for chunk in table.column("tokens").chunks:
-            values = chunk.flatten().to_numpy(zero_copy_only=True)
-            if len(values):
-                yield values
+    for chunk in map_documents(directory):
+        values = chunk.flatten().to_numpy(zero_copy_only=True)
+        if len(values):
+            yield values

@@ -10,11 +10,19 @@ from typing import BinaryIO
 
 from deepen.config.recipe import TextSet
 from deepen.data.files import decode, find_files, kind_of, open_bytes
-from deepen.data.hub import load_hub
-from deepen.data.rows import Selector, read_dataset, read_json, read_json_lines, read_parquet, select
+from deepen.data.hub import load_hub, stream_hub
+from deepen.data.rows import (
+    Selector,
+    read_dataset,
+    read_json,
+    read_json_lines,
+    read_parquet,
+    read_stream,
+    select,
+)
 from deepen.errors import DataError
 
-__all__ = ["find_files", "read_documents", "read_files"]
+__all__ = ["find_files", "read_documents", "read_files", "with_text"]
 
 _BLOCK = 1 << 20
 
@@ -31,17 +39,20 @@ def read_documents(text: TextSet, *, cache: Path | None = None) -> Iterator[str]
     """
     if text.hub is None:
         return read_files(find_files(text), text)
-    return _with_text(read_dataset(load_hub(text, cache), select(text), text.hub))
+    if text.stream:
+        return with_text(read_stream(stream_hub(text, cache)[0], select(text), text.hub))
+    return with_text(read_dataset(load_hub(text, cache), select(text), text.hub))
 
 
 def read_files(files: tuple[Path, ...], text: TextSet) -> Iterator[str]:
     """Read the documents of some files, in order."""
     selector = select(text)
     for path in files:
-        yield from _with_text(_read_file(path, text.separator, selector))
+        yield from with_text(_read_file(path, text.separator, selector))
 
 
-def _with_text(documents: Iterator[str]) -> Iterator[str]:
+def with_text(documents: Iterator[str]) -> Iterator[str]:
+    """Drop documents of nothing but white space."""
     return (document for document in documents if document and not document.isspace())
 
 

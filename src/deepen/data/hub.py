@@ -25,10 +25,42 @@ def load_hub(text: TextSet, cache: Path | None) -> Any:
     with quiet_datasets(), nullcontext() if Path(name).exists() or _answers(name) else _offline():
         try:
             return datasets.load_dataset(
-                text.hub, text.subset, split=text.split, cache_dir=None if cache is None else str(cache)
+                text.hub,
+                text.subset,
+                split=text.split,
+                revision=text.revision,
+                cache_dir=None if cache is None else str(cache),
             )
         except Exception as error:  # the library raises its own, the hub's, and any of a reader's
             raise DataError(_explain(text, error)) from error
+
+
+def stream_hub(text: TextSet, cache: Path | None) -> tuple[Any, tuple[str, ...]]:
+    """Open one split as a `datasets.IterableDataset`, of which nothing is downloaded before it is read.
+
+    Returns:
+        The dataset, and its files: paths, or addresses that hold the commit they are of.
+
+    Raises:
+        DataError: it is not to be had, or has no files to tell one state of it from another.
+    """
+    import datasets
+
+    with quiet_datasets():
+        try:
+            builder = datasets.load_dataset_builder(
+                text.hub,
+                text.subset,
+                revision=text.revision,
+                cache_dir=None if cache is None else str(cache),
+            )
+            files = (builder.config.data_files or {}).get(text.split) or ()
+            dataset = builder.as_streaming_dataset(split=text.split)
+        except Exception as error:  # the library raises its own, the hub's, and any of a reader's
+            raise DataError(_explain(text, error)) from error
+    if not files:
+        raise DataError(f"{text.hub}, split {text.split}: has no data files to stream; leave out stream")
+    return dataset, tuple(map(str, files))
 
 
 def _answers(name: str) -> bool:

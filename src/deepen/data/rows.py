@@ -1,5 +1,6 @@
 """Records that hold text: JSON, JSON lines, Parquet and datasets of the hub."""
 
+import itertools
 import json
 import string
 from collections.abc import Collection, Iterator
@@ -127,6 +128,26 @@ def read_dataset(dataset: Any, selector: Selector, label: str) -> Iterator[str]:
     selector.require(dataset.column_names, label)
     rows = dataset.select_columns(list(selector.keys))
     for number, record in enumerate(rows, start=1):
+        yield selector.text(record, f"{label}: record {number}")
+
+
+def read_stream(dataset: Any, selector: Selector, label: str) -> Iterator[str]:
+    """Read the rows of a `datasets.IterableDataset` as they arrive.
+
+    Raises:
+        DataError: a row lacks the text, or the stream breaks.
+    """
+    rows = iter(dataset)
+    for number in itertools.count(1):
+        try:
+            record = next(rows, None)
+        except Exception as error:  # the library's own, its readers' and its network stack's
+            said = " ".join(str(error).split())[:160] or type(error).__name__
+            raise DataError(
+                f"{label}: the stream broke at record {number}: {said}; start again, nothing is left behind"
+            ) from error
+        if record is None:
+            return
         yield selector.text(record, f"{label}: record {number}")
 
 

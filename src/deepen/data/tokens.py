@@ -40,6 +40,13 @@ def encode(tokenizer: Any, documents: Sequence[str]) -> list[list[int]]:
     return ids
 
 
+def decode(tokenizer: Any, rows: list[list[int]]) -> list[str]:
+    """Return the text of some documents' ids, special tokens left out."""
+    if tokenizer.is_fast:  # past transformers' look at every id, which takes longer than to decode it
+        return list(tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True))
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+
 def close(ids: list[int], eos: int) -> list[int]:
     """End a document's ids with `eos` exactly once, whether or not the tokenizer or the text did already."""
     end = len(ids)

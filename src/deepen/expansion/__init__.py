@@ -5,6 +5,18 @@ them), `manifest` (the record), `expand` (all of it), `verify` (the check).
 """
 
 from deepen.expansion.apply import Progress, check_space, write_weights
+from deepen.expansion.base_files import (
+    file_digest,
+    file_header,
+    held_tensors,
+    plan_base,
+    record_adopted_files,
+    record_file,
+    recorded_text,
+    reduce_config,
+    restored_file,
+)
+from deepen.expansion.carry import carried_files, carry
 from deepen.expansion.expand import (
     ExpandResult,
     PreparedCheckpoint,
@@ -15,12 +27,18 @@ from deepen.expansion.expand import (
 from deepen.expansion.layout import Layout, NewBlock, Placement, plan_layout
 from deepen.expansion.manifest import (
     MANIFEST_NAME,
+    EarlierStage,
     Expansion,
+    FileRecord,
+    Files,
     Fingerprint,
     NewBlockRecord,
     base_name,
     describe_expansion,
+    earlier_stages,
     expand_config,
+    moved_block,
+    previous_expansion,
     read_expansion,
 )
 from deepen.expansion.plan import (
@@ -36,14 +54,18 @@ from deepen.expansion.plan import (
     open_base,
     plan_files,
 )
+from deepen.expansion.stages import with_blocks
 from deepen.expansion.verify import Verification, verify_bytes
 
 __all__ = [
     "MANIFEST_NAME",
     "Base",
     "Copy",
+    "EarlierStage",
     "ExpandResult",
     "Expansion",
+    "FileRecord",
+    "Files",
     "Fill",
     "Fingerprint",
     "Layout",
@@ -58,18 +80,33 @@ __all__ = [
     "Verification",
     "aligned",
     "base_name",
+    "carried_files",
+    "carry",
     "check_space",
     "count_parameters",
     "describe_expansion",
+    "earlier_stages",
     "expand_checkpoint",
     "expand_config",
     "expanded_tensors",
+    "file_digest",
+    "file_header",
+    "held_tensors",
+    "moved_block",
     "open_base",
+    "plan_base",
     "plan_files",
     "plan_layout",
     "prepare_expansion",
+    "previous_expansion",
     "read_expansion",
+    "record_adopted_files",
+    "record_file",
+    "recorded_text",
+    "reduce_config",
+    "restored_file",
     "verify_bytes",
+    "with_blocks",
     "write_checkpoint",
     "write_weights",
 ]

@@ -5,12 +5,15 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import cache
+from io import FileIO
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
-from deepen.checkpoint import INDEX
+from deepen.checkpoint import INDEX, ITEM_BYTES
 from deepen.errors import CheckpointError, OutputError
 from deepen.expansion.plan import Copy, Plan, PlannedFile, PlannedTensor
 
@@ -19,26 +22,38 @@ Progress = Callable[[int, int], None]
 _STEP = 16 << 20  # copied between two calls of progress, and handed to the disk
 _BEGIN_WRITE = 2  # SYNC_FILE_RANGE_WRITE
 _BUFFER = 4 << 20
-_UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+_FILES_AT_ONCE = 4
+# What kernels and network file systems answer where they cannot copy (EIO: CIFS). A true fault comes back
+# from reading and writing.
+_UNSUPPORTED = {
+    *(errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF),
+    *(errno.EPERM, errno.EACCES, errno.EIO, errno.ETXTBSY, errno.EOVERFLOW),
+}
 
 
 def write_weights(plan: Plan, directory: Path, progress: Progress | None = None) -> None:
     """Write the plan's weight files, and their index if they have one, into an existing directory.
 
+    Several files are written at once; the first failure stops them all.
+
     Args:
         plan: what to write.
         directory: where.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in all), never twice at once, from any thread; what it
+            raises ends the work.
 
     Raises:
-        CheckpointError: a source file has shrunk since the plan was made.
+        CheckpointError: a source file cannot be read, or has shrunk since the plan was made.
     """
-    total, done = plan.bytes_written, 0
-    for file in plan.files:
-        for count in _write(file, directory / file.name):
-            done += count
-            if progress:
-                progress(done, total)
+    stopped, count = Event(), _counter(plan.bytes_written, progress)
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        try:
+            tasks = [pool.submit(_write_until, stopped, file, directory, count) for file in plan.files]
+            for task in as_completed(tasks):
+                task.result()
+        finally:  # also on Ctrl-C, which reaches this thread only
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
     if (text := plan.index_text()) is not None:
         (directory / INDEX).write_text(text, "utf-8")
 
@@ -53,8 +68,9 @@ def check_space(directory: Path, needed: int) -> None:
     Raises:
         OutputError: less is free.
     """
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    free = os.statvfs(existing).f_bavail * os.statvfs(existing).f_frsize
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.exists(path))
+    disk = os.statvfs(existing)
+    free = disk.f_bavail * disk.f_frsize
     if needed > free:
         raise OutputError(
             f"{directory}: needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free on its disk"
@@ -63,9 +79,32 @@ def check_space(directory: Path, needed: int) -> None:
 
 def fill_bytes(dtype: str, value: float) -> bytes:
     """Return one little-endian element that holds `value`."""
+    if not value:
+        return bytes(ITEM_BYTES[dtype])  # 8-bit floats too, for which Python has no packer
     if dtype == "BF16":
         return struct.pack("<f", value)[2:]
     return struct.pack({"F64": "<d", "F32": "<f", "F16": "<e"}[dtype], value)
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Return a function that adds a number of bytes to what is done and tells `progress`."""
+    lock, done = Lock(), 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        with lock:
+            done += more
+            if progress:
+                progress(done, total)
+
+    return count
+
+
+def _write_until(stopped: Event, file: PlannedFile, directory: Path, count: Callable[[int], None]) -> None:
+    for more in _write(file, directory / file.name):
+        if stopped.is_set():
+            return
+        count(more)
 
 
 def _write(file: PlannedFile, path: Path) -> Iterator[int]:
@@ -81,11 +120,18 @@ def _write(file: PlannedFile, path: Path) -> Iterator[int]:
             if isinstance(tensor.source, Copy):
                 source = tensor.source
                 if source.file not in sources:
-                    sources[source.file] = stack.enter_context(source.file.open("rb", buffering=0)).fileno()
+                    sources[source.file] = stack.enter_context(_open(source.file)).fileno()
                 yield from _copy(sources[source.file], target, source, position, length)
             else:
                 _fill(target, fill_bytes(tensor.dtype, tensor.source.value), position, length)
                 yield length
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _runs(file: PlannedFile) -> Iterator[tuple[PlannedTensor, int, int]]:
@@ -116,6 +162,8 @@ def _copy(source: int, target: int, copy: Copy, position: int, length: int) -> I
     while done < length:
         try:
             count = means[0](source, target, copy.offset + done, position + done, length - done)
+        except _ReadFailed as error:
+            raise CheckpointError(f"{copy.file}: cannot be read: {error}") from None
         except OSError as error:
             if len(means) > 1 and error.errno in _UNSUPPORTED:
                 del means[0]
@@ -145,6 +193,10 @@ def _sync_file_range() -> Any:
     return getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
+class _ReadFailed(Exception):
+    """The fault is the source's, not the target's."""
+
+
 def _copy_file_range(source: int, target: int, offset: int, position: int, count: int) -> int:
     if not hasattr(os, "copy_file_range"):
         raise OSError(errno.ENOSYS, "copy_file_range")
@@ -157,7 +209,10 @@ def _sendfile(source: int, target: int, offset: int, position: int, count: int) 
 
 
 def _read_write(source: int, target: int, offset: int, position: int, count: int) -> int:
-    data = os.pread(source, min(count, _BUFFER), offset)
+    try:
+        data = os.pread(source, min(count, _BUFFER), offset)
+    except OSError as error:
+        raise _ReadFailed(error.strerror) from None
     _pwrite(target, data, position)
     return len(data)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
@@ -33,13 +34,18 @@ def carried_files(directory: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in kept if contained(directory, name).is_file()))
 
 
-def carry(directory: Path, target: Path) -> None:
+def carry(directory: Path, target: Path, names: Iterable[str] | None = None) -> None:
     """Copy them; modes are the umask's.
+
+    Args:
+        directory: where from.
+        target: where to.
+        names: some of `carried_files(directory)`; default: all of them.
 
     Raises:
         CheckpointError: one cannot be read.
     """
-    for name in carried_files(directory):
+    for name in carried_files(directory) if names is None else names:
         (target / name).parent.mkdir(exist_ok=True)
         try:
             shutil.copyfile(directory / name, target / name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from deepen.checkpoint import CONFIG, atomic_directory, check_free, fast_fingerprint
 from deepen.expansion.apply import Progress, check_space, write_weights
+from deepen.expansion.base_files import record_base_files
 from deepen.expansion.carry import carried_files, carry
 from deepen.expansion.layout import Layout, Placement, plan_layout
 from deepen.expansion.manifest import (
@@ -18,6 +19,7 @@ from deepen.expansion.manifest import (
     Fingerprint,
     NewBlockRecord,
     describe_expansion,
+    earlier_stages,
     expand_config,
 )
 from deepen.expansion.plan import (
@@ -187,7 +189,7 @@ def write_checkpoint(
         carry(source, partial)
         write_weights(prepared.plan, partial, progress)
         (partial / CONFIG).write_text(_json(prepared.config), "utf-8")
-        (partial / MANIFEST_NAME).write_text(prepared.expansion.to_json(), "utf-8")
+        (partial / MANIFEST_NAME).write_text(_complete(prepared).to_json(), "utf-8")
     return ExpandResult(
         directory=out,
         new_blocks=prepared.expansion.new_blocks,
@@ -197,6 +199,15 @@ def write_checkpoint(
         seconds=time.perf_counter() - start,
         warnings=prepared.warnings,
     )
+
+
+def _complete(prepared: PreparedCheckpoint) -> Expansion:
+    """Add what it takes to write the base's files again, this stage's and those of the stages before."""
+    base, expansion = prepared.base, prepared.expansion
+    if base.previous and base.previous.stage + 1 == expansion.stage:
+        expansion = expansion.model_copy(update={"earlier": earlier_stages(base.previous)})
+    files = record_base_files(base, expansion, prepared.plan)
+    return expansion.model_copy(update={"base_files": files})
 
 
 def _json(config: Mapping[str, Any]) -> str:

@@ -1,15 +1,24 @@
 """`expansion.json`: the one record of which blocks are new."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
+from deepen.checkpoint import contained
 from deepen.errors import CheckpointError
 from deepen.expansion.layout import Layout, NewBlock
-from deepen.families import Family
+from deepen.families import Family, renumbered_modules
 
 MANIFEST_NAME: Final = "expansion.json"
 FORMAT_VERSION: Final = 1
@@ -18,6 +27,12 @@ FORMAT_VERSION: Final = 1
 class _Record(BaseModel):
     # Unknown keys are kept: a newer deepen may have written them.
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    # Left out where they say nothing.
+    optional: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _compact(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value or key not in self.optional}
 
 
 class Fingerprint(_Record):
@@ -32,6 +47,23 @@ class Fingerprint(_Record):
     full: str | None = None
 
 
+class FileRecord(_Record):
+    """What it takes to write a file again, byte for byte.
+
+    Attributes:
+        digest: blake2b of its text; of a safetensors file, of its header.
+        text: the text, or the header without its length, where it would not come out equal by itself.
+    """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    digest: str
+    text: str | None = None
+
+
+Files = dict[str, FileRecord]
+
+
 class NewBlockRecord(_Record):
     """One new block as recorded.
 
@@ -41,13 +73,17 @@ class NewBlockRecord(_Record):
         copy_of: the block of its stage's base it copies.
         filled: full tensor name -> the constant it was filled with.
         stage: number of the expansion that added it, from 0.
+        pack: the block pack it came from, where several were stacked.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"pack"})
 
     index: int = Field(ge=0)
     after: int = Field(ge=-1)
     copy_of: int = Field(ge=0)
     filled: dict[str, float]
     stage: int = Field(default=0, ge=0)
+    pack: str | None = None
 
 
 class EarlierStage(_Record):
@@ -57,11 +93,17 @@ class EarlierStage(_Record):
         base: name or path of its base.
         base_fingerprint: its base's.
         base_blocks: number of blocks of its base.
+        base_files: as in `Expansion`.
+        packs: as in `Expansion`.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"base_files", "packs"})
 
     base: str
     base_fingerprint: Fingerprint
     base_blocks: int = Field(ge=1)
+    base_files: Files = Field(default_factory=dict)
+    packs: dict[str, Files] = Field(default_factory=dict)
 
 
 class Expansion(_Record):
@@ -77,7 +119,11 @@ class Expansion(_Record):
         base_blocks: number of blocks of the base.
         new_blocks: the new blocks of all stages, by ascending index.
         earlier: the stages before this one, from the first.
+        base_files: in an expanded checkpoint, what it takes to write the base's files again.
+        packs: where several packs were stacked, by name from the bottom: the same of their files.
     """
+
+    optional: ClassVar[frozenset[str]] = frozenset({"earlier", "base_files", "packs"})
 
     format_version: int = FORMAT_VERSION
     base: str
@@ -86,6 +132,8 @@ class Expansion(_Record):
     base_blocks: int = Field(ge=1)
     new_blocks: tuple[NewBlockRecord, ...] = Field(min_length=1, strict=False)
     earlier: tuple[EarlierStage, ...] = Field(default=(), strict=False)
+    base_files: Files = Field(default_factory=dict)
+    packs: dict[str, Files] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Expansion":
@@ -116,12 +164,15 @@ class Expansion(_Record):
         blocks = (NewBlock(index=b.index, after=b.after, copy_of=b.copy_of) for b in self.latest_blocks)
         return Layout(self.base_blocks, tuple(blocks))
 
+    @property
+    def portable(self) -> "Expansion":
+        """The record as a block pack carries it: without what it takes to write the base again."""
+        earlier = tuple(stage.model_copy(update={"base_files": {}}) for stage in self.earlier)
+        return self.model_copy(update={"base_files": {}, "earlier": earlier})
+
     def to_json(self) -> str:
         """Return the text of `expansion.json`."""
-        content = self.model_dump(mode="json")
-        if not self.earlier:
-            del content["earlier"]
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
 
 def _peeled(places: Mapping[int, NewBlockRecord], stage: int, base_blocks: int) -> dict[int, NewBlockRecord]:
@@ -157,7 +208,7 @@ def describe_expansion(
         fingerprint: the base's.
         previous: the base's own record, if it was expanded before.
     """
-    earlier = _earlier(previous)
+    earlier = earlier_stages(previous)
     records = [
         NewBlockRecord(
             index=block.index,
@@ -173,7 +224,7 @@ def describe_expansion(
         for block in layout.new_blocks
     ]
     kept = previous.new_blocks if previous else ()
-    records += [_moved(block, layout.position(block.index), family) for block in kept]
+    records += [moved_block(block, layout.position(block.index), family) for block in kept]
     return Expansion(
         base=base,
         base_fingerprint=fingerprint,
@@ -193,7 +244,7 @@ def previous_expansion(expansion: Expansion, family: Family) -> Expansion | None
     for block in expansion.new_blocks:
         position = expansion.layout.base_block(block.index)
         if position is not None:
-            kept.append(_moved(block, position, family))
+            kept.append(moved_block(block, position, family))
     return Expansion(
         **{key: getattr(last, key) for key in EarlierStage.model_fields},
         family=expansion.family,
@@ -202,14 +253,15 @@ def previous_expansion(expansion: Expansion, family: Family) -> Expansion | None
     )
 
 
-def _earlier(previous: Expansion | None) -> tuple[EarlierStage, ...]:
+def earlier_stages(previous: Expansion | None) -> tuple[EarlierStage, ...]:
+    """Return the stages before the expansion of a base with this record."""
     if previous is None:
         return ()
     last = {key: getattr(previous, key) for key in EarlierStage.model_fields}
     return (*previous.earlier, EarlierStage(**last))
 
 
-def _moved(block: NewBlockRecord, index: int, family: Family) -> NewBlockRecord:
+def moved_block(block: NewBlockRecord, index: int, family: Family) -> NewBlockRecord:
     """Give a block of an earlier stage another index, and its tensors the names that go with it."""
     filled = {}
     for name, value in block.filled.items():
@@ -234,10 +286,25 @@ def expand_config(config: Mapping[str, Any], family: Family, layout: Layout) -> 
         CheckpointError: a per-layer list has not one entry a block.
         LayoutError: the config has no words for the kinds of blocks in this order.
     """
+    return reordered_config(config, family, layout.base_blocks, layout.origins)
+
+
+def reordered_config(
+    config: Mapping[str, Any], family: Family, depth: int, origins: Sequence[int]
+) -> dict[str, Any]:
+    """Return the `config.json` of a model whose block j is block `origins[j]` of a model of `depth` blocks.
+
+    Raises:
+        CheckpointError: a per-layer list has not one entry a block.
+        LayoutError: the config has no words for the kinds of blocks in this order.
+    """
     text = family.text_config(config)
-    changed = family.per_layer.reorder(text, layout.base_blocks, layout.origins)
-    expanded = {**text, family.depth_key: layout.depth, **changed}
-    return {**config, family.section: expanded} if family.section else expanded
+    changed = family.per_layer.reorder(text, depth, origins)
+    changed |= renumbered_modules(text, family, depth, origins)
+    reordered = {**text, family.depth_key: len(origins), **changed}
+    if not family.section:
+        return reordered
+    return {**config, **renumbered_modules(config, family, depth, origins), family.section: reordered}
 
 
 def read_expansion(directory: Path) -> Expansion:
@@ -246,7 +313,7 @@ def read_expansion(directory: Path) -> Expansion:
     Raises:
         CheckpointError: absent, not JSON, another format version, or inconsistent.
     """
-    path = directory / MANIFEST_NAME
+    path = contained(directory, MANIFEST_NAME)
     if not directory.is_dir():
         found = "is not a directory" if directory.exists() else "no such directory"
         raise CheckpointError(f"{directory}: {found}; give an expanded checkpoint or a block pack")

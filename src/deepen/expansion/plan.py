@@ -6,17 +6,18 @@ base, a constant, or a run of bytes of the pack.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from deepen.checkpoint import ITEM_BYTES, SINGLE, Checkpoint, Tensor, not_finite, write_header
+from deepen.checkpoint import ITEM_BYTES, SINGLE, Checkpoint, Shard, Tensor, not_finite, write_header
 from deepen.errors import CheckpointError, LayoutError
 from deepen.expansion.layout import Layout
 from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
-from deepen.families import Family, check_tensors, family_for
+from deepen.families import Family, check_quantised, check_tensors, family_for
 
+_CACHE_LINE: Final = 64
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 # 8-bit floats have scales beside them, but a zero byte is zero whatever the scale.
 ZEROABLE: Final = FLOATS | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
@@ -62,16 +63,27 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One safetensors file to write: its name, string metadata, and tensors in the order of their bytes."""
+    """One safetensors file to write.
+
+    Attributes:
+        name: its name.
+        metadata: its string metadata.
+        tensors: its tensors in the order of their bytes.
+        phase: where its data begin in a cache line. A tensor used where it is mapped gives results that
+            differ in their last bits from those of one that lies otherwise.
+    """
 
     name: str
     metadata: Mapping[str, str]
     tensors: tuple[PlannedTensor, ...]
+    phase: int = field(default=0, kw_only=True)
 
     @cached_property
     def header(self) -> bytes:
         """Length and header, as the file begins."""
-        return write_header([(t.name, t.dtype, t.shape) for t in self.tensors], self.metadata)
+        head = write_header([(t.name, t.dtype, t.shape) for t in self.tensors], self.metadata)
+        text = head[8:] + b" " * ((self.phase - len(head)) % _CACHE_LINE)
+        return len(text).to_bytes(8, "little") + text
 
     @property
     def size(self) -> int:
@@ -153,10 +165,11 @@ def open_base(directory: str | Path) -> Base:
     """Open a checkpoint as a base and account for each of its tensors.
 
     Raises:
-        CheckpointError: malformed, or not what its config, its family and its own record say.
+        CheckpointError: malformed, packed, or not what its config, its family and its own record say.
         FamilyError: its family is unknown, or cannot be expanded exactly.
     """
     checkpoint = Checkpoint.open(directory)
+    check_quantised(checkpoint.config, f"{directory}/config.json")
     family = family_for(checkpoint.config, checkpoint.tensors, f"{directory}/config.json")
     depth = check_tensors(family, checkpoint.config, checkpoint.tensors, str(directory))
     return Base(checkpoint=checkpoint, family=family, depth=depth, previous=_previous(checkpoint, depth))
@@ -189,11 +202,11 @@ def expanded_tensors(base: Base, layout: Layout) -> tuple[PlannedTensor, ...]:
         planned.append(moved)
     names = base.block_tensors
     for block in layout.new_blocks:
-        copies = (
-            _copied(tensors[family.join(block.copy_of, rest)], block.index, family, rest)
-            for rest in names[block.copy_of]
-        )
-        planned += [_filled(tensor, family) for tensor in copies]
+        for rest in names[block.copy_of]:
+            source = tensors[family.join(block.copy_of, rest)]
+            copied = _copied(source, block.index, family, rest)
+            value = family.fill(rest)
+            planned.append(copied if value is None else _filled(copied, value, source.name))
     return tuple(planned)
 
 
@@ -212,11 +225,19 @@ def plan_files(base: Checkpoint, tensors: Sequence[PlannedTensor], *, shard_size
         return _regroup(base, tensors, shard_size)
     files = tuple(
         PlannedFile(
-            shard.path.name, shard.metadata, aligned(t for t in tensors if t.beside == shard.path.name)
+            shard.path.name,
+            shard.metadata,
+            aligned(t for t in tensors if t.beside == shard.path.name),
+            phase=_phase(shard),
         )
         for shard in base.shards
     )
     return Plan(files, None if base.index is None else _index(base.index, tensors))
+
+
+def _phase(shard: Shard) -> int:
+    phase = min((tensor.offset for tensor in shard.tensors), default=0) % _CACHE_LINE
+    return phase if phase % 8 == 0 else 0
 
 
 def count_parameters(tensors: Iterable[Tensor | PlannedTensor]) -> int:
@@ -245,23 +266,26 @@ def _copied(tensor: Tensor, block: int, family: Family, rest: str) -> PlannedTen
     return replace(_outside(tensor), name=family.join(block, rest), block=block)
 
 
-def _filled(tensor: PlannedTensor, family: Family) -> PlannedTensor:
-    """Replace the source of a residual write by its fill."""
-    place = family.split(tensor.name)
-    value = family.fill(place[1]) if place else None
-    if value is None:
-        return tensor
+def _filled(tensor: PlannedTensor, value: float, origin: str) -> PlannedTensor:
+    """Put its fill in the place of a residual write copied from `origin`."""
     if tensor.dtype not in (FLOATS if value else ZEROABLE):
         raise CheckpointError(
-            f"tensor {tensor.name!r} is {tensor.dtype}; a residual write of that type has no exact fill.\n"
+            f"tensor {origin!r} is {tensor.dtype}; a residual write of that type has no exact fill.\n"
             "Expand the unquantised model; the expanded one can be quantised afterwards"
         )
     return replace(tensor, source=Fill(float(value)))
 
 
 def aligned(tensors: Iterable[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    """Wide elements first, otherwise as given: readers map a tensor only where its offset is a multiple."""
-    return tuple(sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype]))
+    """As given, or else wide elements first: readers map a tensor only where its offset is a multiple."""
+    given, offset = tuple(tensors), 0
+    for tensor in given:
+        if offset % ITEM_BYTES[tensor.dtype]:
+            break
+        offset += tensor.length
+    else:
+        return given
+    return tuple(sorted(given, key=lambda tensor: -ITEM_BYTES[tensor.dtype]))
 
 
 def _index(metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> dict[str, Any]:

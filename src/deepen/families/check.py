@@ -25,20 +25,26 @@ def check_tensors(family: Family, config: Mapping[str, Any], names: Iterable[str
     """
     blocks, outside = _sort(family, names, where)
     text = family.text_config(config)
-    depth = text.get(family.depth_key)
-    if family.section and depth is None:
-        depth = len(blocks)  # the class has a default, which the files agree with or they would not load
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        raise CheckpointError(
-            f"{where}: config.json: {family.depth_key} is {depth!r}, not a number of blocks"
-        )
+    depth = _depth(family, text, len(blocks), where)
     last = depth + trailing_blocks(family, config)
-    if sorted(blocks) not in (list(range(depth)), list(range(last))):
+    if not any(len(blocks) == count and blocks.keys() == set(range(count)) for count in (depth, last)):
         raise CheckpointError(
             f"{where}: config.json says {family.depth_key} {depth}, the files hold blocks {_ranges(blocks)}"
         )
     _check_blocks(family, text, {index: blocks[index] for index in range(depth)}, where)
     _check_outside(family, config, outside, where)
+    return depth
+
+
+def _depth(family: Family, text: Mapping[str, Any], found: int, where: str) -> int:
+    key, general = family.depth_key, "num_hidden_layers"
+    depth = text.get(key)
+    if family.tower and depth is None:
+        depth = found  # the class has a default, which the files agree with or they would not load
+    if key != general and general in text:  # which transformers then takes instead
+        raise CheckpointError(f"{where}: config.json: {general} overrides {key}; write {key} alone")
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+        raise CheckpointError(f"{where}: config.json: {key} is {depth!r}, not a number of blocks")
     return depth
 
 
@@ -64,7 +70,7 @@ def _sort(family: Family, names: Iterable[str], where: str) -> tuple[dict[int, s
 def _has_place(family: Family, name: str) -> bool:
     """Whether a tensor outside the blocks belongs here; of the other towers of a model anything does."""
     known = {*family.outside_required, *family.outside_optional}
-    return name in known or (family.section is not None and not name.startswith(family.prefix))
+    return generic(name) in known or (family.tower and not name.startswith(family.prefix))
 
 
 def _check_blocks(
@@ -78,10 +84,11 @@ def _check_blocks(
             if name not in kinds:
                 raise CheckpointError(f"{where}: tensor {family.join(index, name)!r} is missing")
         _check_places(family, index, held, chosen, where)
-        _check_numbers(family, config, index, held, where)
-        other, names = seen.setdefault(chosen, (index, held))
-        if held != names:
-            odd = min(held ^ names)
+        weights = {name for name in held if name.rpartition(".")[2] not in _SCALES}  # some blocks have none
+        _check_numbers(family, config, index, weights, where)
+        other, names = seen.setdefault(chosen, (index, weights))
+        if weights != names:
+            odd = min(weights ^ names)
             raise CheckpointError(f"{where}: blocks {other} and {index} differ: only one of them has {odd!r}")
 
 
@@ -123,8 +130,9 @@ def _check_numbers(family: Family, config: Mapping[str, Any], index: int, held: 
 def _check_outside(family: Family, config: Mapping[str, Any], held: set[str], where: str) -> None:
     missing = set(family.outside_required) - held
     # A checkpoint of the base model alone has no head; transformers would make one up where it is not tied.
-    if not family.is_tied(config):
-        missing |= set(family.tied) - held
+    # Where the head has two names, of files and in memory, one of them is there.
+    if not family.is_tied(config) and not held & family.tied.keys():
+        missing |= family.tied.keys()
     if missing:
         raise CheckpointError(f"{where}: tensor {min(missing)!r} is missing")
 

@@ -10,6 +10,7 @@ from deepen.families.names import generic, spell_out
 from deepen.families.per_layer import PerLayer
 
 REFUSALS: Final = "refused.toml"
+TOWERS: Final = "towers.toml"
 # Where the text model of a model with several towers stands, in files old and new and in memory:
 # (what its base model's prefix becomes, what stands before its head).
 _TOWERS: Final = (("model.language_model.", ""), ("language_model.model.", "language_model."))
@@ -51,7 +52,8 @@ class Family:
         model_types: the `model_type` values of `config.json` it covers.
         prefix: what the names of the base model begin with, e.g. `model.`.
         layers: prefix of the blocks, e.g. `model.layers`.
-        section: key of `config.json` that holds this model's config, where it is one tower of several.
+        tower: whether it is one tower of several: tensors of the others stand beside its own.
+        section: key of `config.json` that holds this model's config, where it is not the whole.
         depth_key: config key that holds the number of blocks.
         trailing_key: config key that holds a number of further blocks behind the last, which predict tokens
             further ahead and are no part of the model that transformers loads.
@@ -74,6 +76,7 @@ class Family:
     model_types: tuple[str, ...]
     prefix: str
     layers: str
+    tower: bool = False
     section: str | None = None
     depth_key: str
     trailing_key: str | None
@@ -130,8 +133,9 @@ class Family:
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Return whether head and embeddings are one matrix."""
-        tied = self.text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
-        return self.tied_by_default if tied is None else bool(tied)
+        said = (part.get("tie_word_embeddings") for part in (self.text_config(config), config))
+        known = [bool(tied) for tied in said if tied is not None]
+        return any(known) if known else self.tied_by_default
 
     def in_dialect(self, prefix: str, head: str) -> "Family":
         """Return the family with other prefixes before the names of the base model and of the head."""
@@ -189,13 +193,19 @@ def load_families() -> tuple[Family, ...]:
     """Read every family file of the package, by name."""
     folder = files("deepen.families")
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return tuple(_parse((folder / name).read_text()) for name in names if name != REFUSALS)
+    return tuple(_parse((folder / name).read_text()) for name in names if name not in (REFUSALS, TOWERS))
 
 
 @cache
 def load_refusals() -> Mapping[str, Any]:
     """Read the models that cannot be expanded exactly: `model_types` and `keys`, each with the reason."""
     return tomllib.loads((files("deepen.families") / REFUSALS).read_text())
+
+
+@cache
+def load_towers() -> Mapping[str, Any]:
+    """Read the models of several towers whose text tower can be expanded, by `model_type`."""
+    return tomllib.loads((files("deepen.families") / TOWERS).read_text())
 
 
 def family_for(config: Mapping[str, Any], names: Iterable[str] = (), where: str = "config.json") -> Family:
@@ -209,32 +219,51 @@ def family_for(config: Mapping[str, Any], names: Iterable[str] = (), where: str 
     Raises:
         FamilyError: deepen does not describe `model_type`, or knows that new blocks cannot be exact in it.
     """
-    family = _by_model_type(config.get("model_type"))
-    text = config.get("text_config")
-    if family is None and isinstance(text, Mapping):
-        _refuse_known(config, text, where)
-        family = _by_model_type(text.get("model_type"))
-        family = replace(family, section="text_config") if family else None
-    _refuse_known(config, family.text_config(config) if family else config, where)
+    _refuse_known(config, where)
+    family = _family_of(config)
     if family is None:
-        known = ", ".join(sorted(t for each in load_families() for t in each.model_types))
-        raise FamilyError(
-            f"{where}: model_type {config.get('model_type')!r} is not a family deepen knows\n(known: {known})"
+        known = ", ".join(
+            sorted([*load_towers(), *(t for each in load_families() for t in each.model_types)])
         )
+        raise FamilyError(f"{where}: {_model_types(config)} is not a family deepen knows\n(known: {known})")
     _refuse_values(family, config, where)
     return _in_dialect_of(family, names)
+
+
+def _family_of(config: Mapping[str, Any]) -> Family | None:
+    model_type = config.get("model_type")
+    tower = load_towers().get(model_type) if isinstance(model_type, str) else None
+    if tower is None:
+        return _by_model_type(model_type)
+    if isinstance(text := config.get("text_config"), Mapping):
+        family = _by_model_type(text.get("model_type", tower["text"]))
+        return family and replace(family, tower=True, section="text_config")
+    family = _by_model_type(tower["text"]) if tower.get("flat") else None
+    return family and replace(family, tower=True)
 
 
 def _by_model_type(model_type: Any) -> Family | None:
     return next((f for f in load_families() if model_type in f.model_types), None)
 
 
-def _refuse_known(config: Mapping[str, Any], text: Mapping[str, Any], where: str) -> None:
+def _parts(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The config and, in it, that of the text tower."""
+    text = config.get("text_config")
+    return (config, text) if isinstance(text, Mapping) else (config,)
+
+
+def _model_types(config: Mapping[str, Any]) -> str:
+    whole, *text = (repr(part.get("model_type")) for part in _parts(config))
+    return f"model_type {whole}" + (f" with a text_config of {text[0]}" if text else "")
+
+
+def _refuse_known(config: Mapping[str, Any], where: str) -> None:
     refused = load_refusals()
-    for key, why in refused["keys"].items():
-        if text.get(key):
-            raise FamilyError(f"{where}: {key}: {why}")
-    for model_type in (config.get("model_type"), text.get("model_type")):
+    for part in _parts(config):
+        for key, why in refused["keys"].items():
+            if part.get(key):
+                raise FamilyError(f"{where}: {key}: {why}")
+        model_type = part.get("model_type")
         if isinstance(model_type, str) and (why := refused["model_types"].get(model_type)):
             raise FamilyError(f"{where}: model_type {model_type!r} cannot be expanded exactly: {why}")
 
@@ -249,7 +278,7 @@ def _refuse_values(family: Family, config: Mapping[str, Any], where: str) -> Non
 def _in_dialect_of(family: Family, names: Iterable[str]) -> Family:
     """Choose the prefixes under which the names hold blocks; the usual ones where none do."""
     names = list(names)
-    towers = _TOWERS if family.section else ()
+    towers = _TOWERS if family.tower else ()
     for prefix, head in ((family.prefix, ""), *towers, ("", "")):
         spoken = family.in_dialect(prefix, head)
         if any(map(spoken.split, names)):

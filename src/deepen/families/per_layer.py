@@ -32,6 +32,17 @@ class Setting:
         """Return its value in a config."""
         return self.default if self.key is None else config.get(self.key, self.default)
 
+    def number_of(self, config: Mapping[str, Any], least: int = 0) -> int:
+        """Return its value in a config, which must be a whole number of at least `least`.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        value = self.of(config)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise CheckpointError(f"config.json: {self.key} is {value!r:.80}, not a number from {least}")
+        return value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predicate:
@@ -63,10 +74,10 @@ class Predicate:
     def holds(self, block: int, config: Mapping[str, Any]) -> bool:
         """Return whether it holds for a block under a config."""
         tests = (
-            self.every is None or (block + 1) % self.every.of(config) == 0,
-            self.not_every is None or (block + 1) % self.not_every.of(config) != 0,
-            self.start is None or block >= self.start.of(config),
-            self.below is None or block < self.below.of(config),
+            self.every is None or (block + 1) % self.every.number_of(config, 1) == 0,
+            self.not_every is None or (block + 1) % self.not_every.number_of(config, 1) != 0,
+            self.start is None or block >= self.start.number_of(config),
+            self.below is None or block < self.below.number_of(config),
             self.unless is None or not config[self.unless][block],
         )
         return all(tests) and all(setting.of(config) for setting in self.when)
@@ -145,17 +156,20 @@ class PerLayer:
             origins: for each block of the new model, the block whose kind it has.
 
         Raises:
-            CheckpointError: a list has not one entry a block.
+            CheckpointError: a list is none, or has not one entry a block.
             LayoutError: the new model cannot be written in these terms.
         """
-        known, changed = dict(config), dict[str, Any]()
+        known, after, changed = dict(config), dict(config), dict[str, Any]()
+        for key in (*(r.key for r in self.lists), *(r.key for r in self.numbers), *_LISTS):
+            if not isinstance(value := config.get(key, []), list | None):
+                raise CheckpointError(f"config.json: {key} is {value!r:.80}, not a list")
         for rule in self.lists:
             stands = isinstance(known.get(rule.key), list)
             values = known[rule.key] if stands else rule.derive(known, depth)
-            known[rule.key] = values
             moved = _reordered(rule.key, values, depth, origins)
-            if stands or len(set(values)) > 1 or moved != rule.derive(known | changed, len(origins)):
+            if stands or len(set(values)) > 1 or moved != rule.derive(after, len(origins)):
                 changed[rule.key] = moved
+            known[rule.key], after[rule.key] = values, moved
         for key in _LISTS:
             if isinstance(values := config.get(key), list) and key not in changed:
                 changed[key] = _reordered(key, values, depth, origins)
@@ -175,7 +189,7 @@ def _reordered(key: str, values: list[Any], depth: int, origins: Sequence[int]) 
 def _renumbered(
     rule: BlockNumbers, config: Mapping[str, Any], depth: int, origins: Sequence[int]
 ) -> dict[str, Any]:
-    listed = set(config.get(rule.key) or ())
+    listed = {block for block in config.get(rule.key) or () if isinstance(block, int)}
     derived = {block for block in range(depth) if rule.predicate.holds(block, config)}
     found = [block for block, origin in enumerate(origins) if origin in listed | derived]
     if not found and not config.get(rule.key):
@@ -184,7 +198,8 @@ def _renumbered(
 
 
 def _recounted(rule: LeadingBlocks, config: Mapping[str, Any], origins: Sequence[int]) -> dict[str, Any]:
-    before = config.get(rule.key, rule.default) or 0
+    before = config.get(rule.key, rule.default)
+    before = 0 if before is None else Setting(before, rule.key).number_of(config)
     kinds = [origin < before for origin in origins]
     count = sum(kinds)
     if kinds != [True] * count + [False] * (len(kinds) - count):

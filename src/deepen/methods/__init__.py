@@ -1,13 +1,25 @@
 """What trains and what is saved: one short file a method."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Final
-
+from deepen.config import TrainSection
 from deepen.methods.blocks import Blocks
+from deepen.methods.freeze import Freeze
 from deepen.methods.full import Full
+from deepen.methods.lora import Lora
 from deepen.methods.method import Method
+from deepen.methods.moe import Moe
+from deepen.methods.prompt import Prompt
+from deepen.methods.scale import Scale
 
-METHODS: Final[Mapping[str, Method]] = MappingProxyType({"blocks": Blocks(), "full": Full()})
+__all__ = ["Blocks", "Freeze", "Full", "Lora", "Method", "Moe", "Prompt", "Scale", "build_method"]
 
-__all__ = ["METHODS", "Blocks", "Full", "Method"]
+
+def build_method(section: TrainSection) -> Method:
+    """Return the method of a recipe, with its settings."""
+    if section.method == "lora":
+        return Lora(section.lora, section.match_parameters)
+    if section.method == "freeze":
+        return Freeze(section.freeze, section.match_parameters)
+    if section.method == "prompt":
+        return Prompt(section.prompt)
+    plain: dict[str, Method] = {"blocks": Blocks(), "full": Full(), "moe": Moe(), "scale": Scale()}
+    return plain[section.method]

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from deepen.blocks import merge_pack
 from deepen.checkpoint import Checkpoint
+from deepen.expansion import Progress
 from deepen.methods.method import widen
-from deepen.model import file_dtypes, freeze_base, save_blocks
+from deepen.model import file_dtypes, freeze_base, new_parameters, parameter_dtypes, save_blocks
 
 
 class Blocks:
@@ -23,8 +25,16 @@ class Blocks:
 
     def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
         """Those of the tensors that the new blocks copy."""
-        return file_dtypes(model, base)
+        return parameter_dtypes(model, file_dtypes(model, base), new_parameters(model))
 
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write `blocks/`."""
-        return save_blocks(model, run / "blocks", dtypes=self.saved_dtypes(model, base), overwrite=True)
+        return save_blocks(model, run / "blocks", dtypes=file_dtypes(model, base), overwrite=True)
+
+    def merge(
+        self, model: PreTrainedModel, run: Path, base: Checkpoint, progress: Progress | None
+    ) -> Path | None:
+        """Write base and pack as one checkpoint."""
+        target = run / "model"
+        merge_pack(base.directory, run / "blocks", target, overwrite=True, progress=progress)
+        return target

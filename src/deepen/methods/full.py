@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import CONFIG, INDEX, Checkpoint, Shard, atomic_directory
+from deepen.expansion import Progress
 from deepen.expansion.carry import carry
 from deepen.methods.method import widen
-from deepen.model import DTYPES, base_tensors, save_tensors
+from deepen.model import DTYPES, base_tensors, parameter_dtypes, save_tensors
 
 
 class Full:
@@ -27,8 +28,8 @@ class Full:
 
     def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
         """Those of the base's tensors."""
-        names = dict(model.named_parameters()).keys() & base.tensors.keys()
-        return {name: DTYPES[base.tensors[name].dtype] for name in names}
+        held = {name: DTYPES[tensor.dtype] for name, tensor in base.tensors.items() if tensor.dtype in DTYPES}
+        return parameter_dtypes(model, held, dict(model.named_parameters()))
 
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write `model/`: the base's directory with trained tensors, each in the base's own precision.
@@ -45,6 +46,12 @@ class Full:
             if base.index is not None:
                 shutil.copyfile(base.directory / INDEX, staged / INDEX)
         return target
+
+    def merge(
+        self, model: PreTrainedModel, run: Path, base: Checkpoint, progress: Progress | None
+    ) -> Path | None:
+        """Return None: what is saved is an ordinary checkpoint."""
+        return None
 
 
 def _save_shard(shard: Shard, trained: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint
+from deepen.expansion import Progress
 
 
 class Method(Protocol):
@@ -29,9 +30,19 @@ class Method(Protocol):
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write the result below the run directory in the files' precision; return its directory."""
 
+    def merge(
+        self, model: PreTrainedModel, run: Path, base: Checkpoint, progress: Progress | None
+    ) -> Path | None:
+        """Write `model/`, an ordinary checkpoint of what was saved; None where that is one already."""
+
 
 def widen(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Hold what trains in fp32: updates smaller than a bf16 step are not lost."""
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
     return parameters
+
+
+def nearest(wanted: int, unit: int) -> int:
+    """Return how many units of parameters come nearest to a number of them; at least one."""
+    return max(1, round(wanted / unit))

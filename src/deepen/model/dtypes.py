@@ -7,33 +7,73 @@ import torch
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint
-from deepen.expansion.manifest import MANIFEST_NAME
-from deepen.model.record import expansion_of, new_parameters
-from deepen.model.structure import family_of
+from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
+from deepen.model.names import file_names
+from deepen.model.record import expansion_of, new_tensors
 
-DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
+FLOAT_NAMES: Final[Mapping[torch.dtype, str]] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
+    **FLOAT_NAMES,
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 DTYPES: Final[Mapping[str, torch.dtype]] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FLOATS: Final = frozenset(FLOAT_NAMES.values())
 
 
 def file_dtypes(model: PreTrainedModel, files: Checkpoint) -> dict[str, torch.dtype]:
-    """Return new parameter -> the precision in which files hold it.
+    """Return tensor of the new blocks, by its name in files -> the precision in which files hold it.
 
     Args:
         model: an expanded model.
         files: its base's, which hold the tensor it copies, or an expanded checkpoint's.
     """
-    origins, family = expansion_of(model).layout.origins, family_of(model)
-    expanded = (files.directory / MANIFEST_NAME).exists()
-    dtypes = {}
-    for name in new_parameters(model):
-        place = family.split(name)
-        assert place is not None, name
-        source = files.tensors.get(name if expanded else family.join(origins[place[0]], place[1]))
-        if source is not None and source.dtype in DTYPES:
+    expansion, names = expansion_of(model), file_names(model, files)
+    held = _expansion_in(files)
+    same = held is not None and held.portable == expansion.portable
+    origins, dtypes = expansion.layout.origins, {}
+    for name in names.of(new_tensors(model)):
+        place = names.family.split(name)
+        if place is None:
+            continue
+        origin = origins[place[0]]
+        if held and held.stage == expansion.stage:
+            origin = held.layout.position(origin)
+        source = files.tensors.get(name if same else names.family.join(origin, place[1]))
+        if source is not None and source.dtype in _FLOATS:
             dtypes[name] = DTYPES[source.dtype]
     return dtypes
+
+
+def parameter_dtypes(
+    model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.dtype]:
+    """Return parameter, by its name in the model -> the precision in which its values are written.
+
+    Args:
+        model: the model.
+        dtypes: name in files -> precision.
+        parameters: live name -> parameter. One of several experts has the widest precision of theirs.
+    """
+    names, found = file_names(model), {}
+    for name, parameter in parameters.items():
+        written = [dtypes[each] for each in names.of({name: parameter}) if each in dtypes]
+        if written:
+            found[name] = max(written, key=lambda dtype: dtype.itemsize)
+    return found
+
+
+def _expansion_in(files: Checkpoint) -> Expansion | None:
+    present = (files.directory / MANIFEST_NAME).exists()
+    return read_expansion(files.directory) if present else None

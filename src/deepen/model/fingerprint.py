@@ -1,17 +1,21 @@
 """The fingerprint of the base inside a live model, by the same digests as the files'."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from deepen.checkpoint import combine_digests, tensor_digest, workers
+from deepen.checkpoint import Checkpoint, combine_digests, fast_fingerprint, tensor_digest, workers
 from deepen.errors import PackError
-from deepen.expansion.manifest import base_name
+from deepen.expansion.layout import Layout
 from deepen.model.dtypes import DTYPE_NAMES, DTYPES
+from deepen.model.names import FileNames, file_names
 from deepen.model.record import find_expansion
+from deepen.model.source import source_checkpoint
 from deepen.model.structure import family_of
 
 
@@ -30,17 +34,91 @@ def base_fingerprint(
     Raises:
         PackError: the model lacks a tensor of `dtypes`.
     """
-    base = base_tensors(model, repeated=dtypes is not None)
-    if dtypes is not None and (missing := dtypes.keys() - base.keys()):
-        raise PackError(f"the model lacks the base's tensor {min(missing)!r}")
-    names = list(dtypes if dtypes is not None else base)
+    return _fingerprint(_base_parts(model, repeated=dtypes is not None), strength, dtypes)
 
-    def digest(name: str) -> bytes:
-        dtype = DTYPES[dtypes[name]] if dtypes is not None else base[name].dtype
-        return _digest(name, _as_stored(base[name].detach().cpu(), dtype), strength)
+
+def live_fingerprint(model: PreTrainedModel) -> str:
+    """Return the fast fingerprint of a live model as it stands, new blocks and all.
+
+    The model may be held in another precision than its files, and lack tensors of theirs that it computes
+    itself: then the files' counts, if the model still is them.
+    """
+    files = source_checkpoint(model)
+    if files and _equals(_parts(model, None, repeated=False), files):
+        return fast_fingerprint(files)
+    return _fingerprint(_parts(model, None, repeated=False), "fast", None)
+
+
+def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str, torch.Tensor]:
+    """Return the base's tensors of a live model under the names, and in the form, that the base's files have.
+
+    Args:
+        model: expanded or not.
+        repeated: give a tied tensor under both names, as some files do; default: once.
+    """
+    return {name: t for named in _base_parts(model, repeated=repeated) for name, t in named.items()}
+
+
+def base_names(model: PreTrainedModel) -> set[str]:
+    """Return the names of `base_tensors`, tied ones under both, at no cost."""
+    return {name for named in _base_parts(model, repeated=True, meta=True) for name in named}
+
+
+def _fingerprint(
+    parts: Iterable[Mapping[str, torch.Tensor]],
+    strength: Literal["fast", "full"],
+    dtypes: Mapping[str, str] | None,
+) -> str:
+    digests: dict[str, bytes] = {}
+
+    def digest(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        dtype = DTYPES[dtypes[name]] if dtypes is not None else tensor.dtype
+        return _digest(name, _as_stored(tensor.detach().cpu(), dtype), strength)
 
     with ThreadPoolExecutor(workers()) as pool:
-        return combine_digests(dict(zip(names, pool.map(digest, names), strict=True)), strength)
+        for named in parts:
+            chosen = [(name, t) for name, t in named.items() if dtypes is None or name in dtypes]
+            digests |= zip((name for name, _ in chosen), pool.map(digest, chosen), strict=True)
+    if dtypes is not None and (missing := dtypes.keys() - digests.keys()):
+        raise PackError(f"the model lacks the base's tensor {min(missing)!r}")
+    return combine_digests(digests, strength)
+
+
+def _base_parts(
+    model: PreTrainedModel, *, repeated: bool, meta: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
+    expansion = find_expansion(model)
+    return _parts(model, expansion.layout if expansion else None, repeated=repeated, meta=meta)
+
+
+def _parts(
+    model: PreTrainedModel, layout: Layout | None, *, repeated: bool, meta: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
+    """`base_tensors` block by block: of fused experts, the form they have in files is a copy."""
+    names, family = file_names(model), family_of(model)
+    parts: dict[int | None, dict[str, torch.Tensor]] = {}
+    for name, tensor in _without_adapters(model.state_dict()).items():
+        place = family.split(name)
+        block = place[0] if place else None
+        if layout is None or block not in layout.new_indices:
+            parts.setdefault(block, {})[name] = tensor.to("meta") if meta else tensor
+    for part in parts.values():
+        named = {_in_base(name, layout, names): tensor for name, tensor in names.state(part).items()}
+        yield named if repeated else _once(named, names.family.tied)
+
+
+def _once(named: dict[str, torch.Tensor], tied: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Leave out a head that is the embeddings."""
+    held = [(n, o) for n, o in tied.items() if {n, o} <= named.keys()]
+    again = {name for name, other in held if named[name].data_ptr() == named[other].data_ptr()}
+    return {name: tensor for name, tensor in named.items() if name not in again}
+
+
+def _in_base(name: str, layout: Layout | None, names: FileNames) -> str:
+    place = names.family.split(name)
+    block = layout.base_block(place[0]) if layout and place else None
+    return names.family.join(block, place[1]) if place and block is not None else name
 
 
 def _as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -62,18 +140,29 @@ def _digest(name: str, tensor: torch.Tensor, strength: Literal["fast", "full"]) 
     )
 
 
-def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str, torch.Tensor]:
-    """Return the base's tensors of a live model under the base's names.
+def _equals(parts: Iterable[Mapping[str, torch.Tensor]], files: Checkpoint) -> bool:
+    """Whether live tensors are what the files hold, cast to the precision in memory."""
+    with ExitStack() as stack:
+        held: dict[str, Any] = {}
+        for shard in files.shards:
+            opened = stack.enter_context(safe_open(shard.path, "pt"))
+            held |= {tensor.name: opened for tensor in shard.tensors}
+        for named in parts:
+            for name, live in named.items():
+                if name not in held:
+                    return False
+                stored = held[name].get_tensor(name).to(live.device, live.dtype)
+                if not torch.equal(stored, live):
+                    return False
+    return True
 
-    Args:
-        model: expanded or not.
-        repeated: give a tied tensor under both names, as some files do; default: once.
-    """
-    expansion, family = find_expansion(model), family_of(model)
-    tied = family.tied if family.is_tied(model.config.to_dict()) and not repeated else {}
-    named = {}
-    for name, tensor in model.state_dict().items():
-        original = base_name(expansion, family, name) if expansion else name
-        if original is not None and original not in tied:
-            named[original] = tensor
-    return named
+
+def _without_adapters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state without what peft's adapters have added to it, under the names it had before them."""
+    plain = {}
+    for name, tensor in state.items():
+        if ".lora_" in name or ".adaption_" in name:
+            continue
+        # Where peft keeps the layer that it wraps: LoRA's, and LLaMA-Adapter's attention.
+        plain[name.replace(".base_layer.", ".").replace(".self_attn.model.", ".self_attn.")] = tensor
+    return plain

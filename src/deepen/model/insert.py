@@ -1,21 +1,28 @@
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepen.checkpoint import Checkpoint, fast_fingerprint
 from deepen.errors import FamilyError, LayoutError
 from deepen.expansion.layout import Layout
-from deepen.expansion.manifest import Fingerprint, describe_expansion, expand_config
+from deepen.expansion.manifest import Fingerprint, describe_expansion
 from deepen.families import Family
-from deepen.model.dtypes import DTYPES
-from deepen.model.fingerprint import base_fingerprint, base_tensors
-from deepen.model.record import attach_record, find_expansion, is_bypassed, source_checkpoint
-from deepen.model.structure import blocks_of, depth_config, family_of, install_blocks
+from deepen.families.names import generic
+from deepen.model.dtypes import FLOAT_NAMES
+from deepen.model.fingerprint import live_fingerprint
+from deepen.model.names import FileNames, file_names
+from deepen.model.state import (
+    NEW,
+    Attached,
+    active_expansion,
+    base_state,
+    find_state,
+    refuse_bypassed,
+    switch,
+)
+from deepen.model.structure import blocks_of, copied_block, family_of, reordered_config
 
 
 def insert_blocks(
@@ -24,82 +31,108 @@ def insert_blocks(
     *,
     base: str | Path | None = None,
     fingerprint: Fingerprint | None = None,
+    name: str = NEW,
 ) -> PreTrainedModel:
     """Add new blocks to a live model, in place; it computes exactly what it did before.
 
     Each new block is a copy of a base block whose residual writes (W^O and the feed-forward output, with
-    their biases) are filled so that it adds nothing (arXiv 2401.02415 section 3.1).
+    their biases; the gain of the norm behind them, where there is one) are filled so that it adds nothing
+    (arXiv 2401.02415 section 3.1). In a model that is expanded already, earlier new blocks become base; where
+    its packs are all switched off, the blocks become another pack beside them.
 
     Args:
-        model: a causal LM of a known family, not yet expanded.
-        layout: from `deepen.plan_layout`.
+        model: a causal LM of a known family.
+        layout: from `deepen.plan_layout`, for the model as it stands.
         base: name or path recorded as the base; default: where the model was loaded from.
         fingerprint: the base's; default: that of its files when the model still equals them, else of the
             live tensors.
+        name: what to call them in `activate` and `detach`.
 
     Returns:
-        The same model, `layout.depth` blocks deep, with its record attached.
+        The same model.
 
     Raises:
-        FamilyError: the family is unknown, or its weights are quantised.
-        LayoutError: the layout is for another number of blocks, or the model is expanded already.
+        FamilyError: deepen does not know the model, or a block's residual writes cannot be filled.
+        LayoutError: the layout is for another number of blocks, or the config cannot describe the result.
+        PackError: the model is bypassed.
     """
     family = family_of(model)
     blocks = blocks_of(model, family)
-    if is_bypassed(model) or find_expansion(model) is not None:
-        raise LayoutError("the model is expanded already; expand its base: deepen cannot expand twice yet")
+    refuse_bypassed(find_state(model))
+    state = base_state(model)
     if len(blocks) != layout.base_blocks:
         raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
+    if name in state.packs:
+        raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
     _check_fillable(blocks, family)
-    fingerprint = fingerprint or Fingerprint(fast=_fast_fingerprint(model))
-    names = {index: tuple(blocks[index].state_dict()) for index in range(len(blocks))}
+    reordered_config(model, family, state.config, layout.origins)
+    names = file_names(model)
+    tensors = {index: names.of(_tensors(block, family, index)) for index, block in enumerate(blocks)}
     expansion = describe_expansion(
-        layout, family, names, str(base or model.name_or_path or "unnamed"), fingerprint
+        layout,
+        names.family,
+        {index: tuple(_inside(name, names) for name in held) for index, held in tensors.items()},
+        str(base or model.name_or_path or "unnamed"),
+        fingerprint or Fingerprint(fast=live_fingerprint(model)),
+        active_expansion(model, state.below) if state.below else None,
     )
-    expanded = [
-        _identity_copy(blocks[origin], family) if index in layout.new_indices else blocks[origin]
-        for index, origin in enumerate(layout.origins)
-    ]
-    install_blocks(model, family, expanded, expand_config(depth_config(model, family), family, layout))
-    attach_record(model, expansion)
+    copies = (_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks)
+    state.packs[name] = Attached(expansion, tuple(copies))
+    switch(model, state, [name])
     return model
+
+
+def _tensors(block: nn.Module, family: Family, index: int) -> dict[str, torch.Tensor]:
+    return {family.join(index, name): tensor for name, tensor in block.state_dict().items()}
+
+
+def _inside(name: str, names: FileNames) -> str:
+    place = names.family.split(name)
+    if place is None:
+        raise FamilyError(
+            f"tensor {name!r} of a block has no place in the {names.family.name} family's blocks"
+        )
+    return place[1]
 
 
 def _check_fillable(blocks: nn.ModuleList, family: Family) -> None:
     """Refuse packed weights: zero bytes of a quantised matrix need not mean zero."""
     for index, block in enumerate(blocks):
         for name, tensor in block.state_dict().items():
-            if family.fill(name) is not None and tensor.dtype not in DTYPES.values():
+            if family.fill(name) is not None and tensor.dtype not in FLOAT_NAMES:
                 raise FamilyError(
                     f"tensor {family.join(index, name)!r} is {str(tensor.dtype).removeprefix('torch.')}: "
                     "a quantised model cannot be expanded; load it unquantised"
                 )
 
 
-def _fast_fingerprint(model: PreTrainedModel) -> str:
-    """The model may be held in another precision than its files: then theirs counts, if it still is them."""
-    files = source_checkpoint(model)
-    unchanged = files is not None and _equals(base_tensors(model), files)
-    return fast_fingerprint(files) if files and unchanged else base_fingerprint(model, "fast")
-
-
-def _equals(live: Mapping[str, torch.Tensor], files: Checkpoint) -> bool:
-    """Whether live tensors are the files', cast to the precision in memory."""
-    if not live.keys() <= files.tensors.keys():
-        return False
-    for shard in files.shards:
-        with safe_open(shard.path, "pt") as held:
-            for name in live.keys() & {tensor.name for tensor in shard.tensors}:
-                stored = held.get_tensor(name).to(live[name].device, live[name].dtype)
-                if not torch.equal(stored, live[name]):
-                    return False
-    return True
-
-
-def _identity_copy(block: nn.Module, family: Family) -> nn.Module:
-    new = copy.deepcopy(block)
+def _identity_copy(block: nn.Module, index: int, family: Family, names: FileNames) -> nn.Module:
+    new = copied_block(block)
     with torch.no_grad():
         for name, tensor in new.state_dict(keep_vars=True).items():
             if (value := family.fill(name)) is not None:
                 tensor.fill_(value)
+    held = names.state(_tensors(new, family, index))
+    _check_identity({_inside(name, names): tensor for name, tensor in held.items()}, names.family)
     return new
+
+
+def _check_identity(tensors: Mapping[str, torch.Tensor], family: Family) -> None:
+    """Check a new block by the names in files: every sub-layer has a residual write, all are filled."""
+    fills = {name: value for name in tensors if (value := family.fill(name)) is not None}
+    for name, value in fills.items():
+        if not bool((tensors[name] == value).all()):
+            raise FamilyError(
+                f"residual write {name!r} has another name in memory, which the {family.name} family lacks"
+            )
+    held = set(map(generic, fills))
+    for part in family.parts:
+        writes = {
+            name
+            for alternative in family.block
+            if alternative.part == part
+            for name in (*alternative.required, *alternative.optional)
+            if family.fill(name) is not None
+        }
+        if writes and not writes & held:
+            raise FamilyError(f"a new block of the {family.name} family has no residual write in its {part}")

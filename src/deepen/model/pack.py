@@ -3,17 +3,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from deepen.blocks import BLOCKS_NAME, Pack, check_pack, open_pack
+from deepen.blocks import BLOCKS_NAME, check_pack, open_pack
 from deepen.checkpoint import Checkpoint, atomic_directory, resolve_base, write_file
-from deepen.errors import CheckpointError, PackError
+from deepen.errors import CheckpointError
 from deepen.expansion import MANIFEST_NAME, open_base
 from deepen.model.dtypes import file_dtypes
-from deepen.model.insert import insert_blocks
-from deepen.model.record import attach_record, expansion_of, find_expansion, new_parameters, source_checkpoint
+from deepen.model.names import file_names
+from deepen.model.record import expansion_of, find_expansion, new_tensors
+from deepen.model.source import source_checkpoint
+from deepen.model.state import base_state
+from deepen.model.switch import attach_checked
 from deepen.model.tensors import save_tensors
 
 
@@ -26,25 +27,27 @@ def save_blocks(
 ) -> Path:
     """Write the model's new blocks as a block pack: `blocks.safetensors` and `expansion.json`.
 
+    Of a model with several packs attached, those that are active are written, as one pack.
+
     Args:
         model: an expanded model.
         directory: written whole or not at all.
-        dtypes: parameter name -> precision on disk; default: that of the files the model was loaded from,
-            otherwise the model's own.
+        dtypes: tensor name, as in files -> precision on disk; default: that of the files the model was
+            loaded from, otherwise the model's own.
         overwrite: replace an existing directory.
 
     Raises:
-        PackError: the model has no record of new blocks.
+        PackError: the model has no active new blocks.
         OutputError: the directory exists, or overlaps the one the model was loaded from.
     """
     expansion, files = expansion_of(model), source_checkpoint(model)
-    tensors = new_parameters(model)
+    tensors = file_names(model).state(new_tensors(model))
     if dtypes is None and files is not None:
         dtypes = file_dtypes(model, files)
     inside = (files.directory,) if files else ()
     with atomic_directory(Path(directory), overwrite=overwrite, inside=inside) as staged:
         save_tensors(staged / BLOCKS_NAME, tensors, dtypes)
-        write_file(staged / MANIFEST_NAME, expansion.to_json())
+        write_file(staged / MANIFEST_NAME, expansion.portable.to_json())
     return Path(directory)
 
 
@@ -61,7 +64,7 @@ def load(
 
     Args:
         base: directory or hub id of the base; without `pack`, of any checkpoint.
-        pack: directory of a block pack.
+        pack: directory or hub id of a block pack.
         dtype: precision in memory; default: the checkpoint's.
         device: where the model goes.
 
@@ -80,21 +83,19 @@ def load(
         opened, held = open_base(directory), open_pack(pack)
         check_pack(held, opened)
         model = _pretrained(opened.checkpoint, dtype)
-        _attach(model, held, str(base))
+        attach_checked(model, held, base_state(model), Path(pack).name)
     return model.to(device).eval()
 
 
 def _pretrained(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     """Load by transformers, which only warns where it fills a missing tensor with random numbers."""
     where = checkpoint.directory
+    safe = {"trust_remote_code": False, "local_files_only": True}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        config = AutoConfig.from_pretrained(where, **safe)
+        causal = type(config) in AutoModelForCausalLM._model_mapping
+        auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+        model, found = auto.from_pretrained(where, dtype=dtype or "auto", output_loading_info=True, **safe)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{where}: transformers cannot load it: {reason[:300]}") from None
@@ -102,16 +103,3 @@ def _pretrained(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrained
         raise CheckpointError(f"{where}: tensor {min(missing)!r} is missing")
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _attach(model: PreTrainedModel, pack: Pack, base: str) -> None:
-    """Put the blocks of a pack that fits on its base."""
-    insert_blocks(model, pack.expansion.layout, base=base, fingerprint=pack.expansion.base_fingerprint)
-    attach_record(model, pack.expansion)
-    try:
-        tensors = load_file(pack.shard.path)
-    except (OSError, SafetensorError) as error:
-        raise PackError(f"{pack.shard.path}: cannot be read ({error})") from None
-    with torch.no_grad():
-        for name, parameter in new_parameters(model).items():
-            parameter.copy_(tensors[name])

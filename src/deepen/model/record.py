@@ -1,97 +1,58 @@
-"""Which blocks of a live model are new: attached when deepen made them so, else read from its directory."""
+"""Which blocks of a live model are new."""
 
-from pathlib import Path
-
-from huggingface_hub import try_to_load_from_cache
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepen.checkpoint import CONFIG, Checkpoint
-from deepen.errors import CheckpointError, PackError
-from deepen.expansion.manifest import MANIFEST_NAME, Expansion, base_name, read_expansion
-from deepen.model.structure import blocks_of, family_of
-
-_ATTRIBUTE = "_deepen_expansion"
-_BYPASSED = "_deepen_bypassed"
-
-
-def attach_record(model: PreTrainedModel, expansion: Expansion) -> None:
-    """Note on the model which of its blocks are new."""
-    setattr(model, _ATTRIBUTE, expansion)
-
-
-def mark_bypassed(model: PreTrainedModel, bypassed: bool) -> None:
-    """Note that the model's new blocks are switched off: for the time being it is the base."""
-    setattr(model, _BYPASSED, bypassed)
-
-
-def is_bypassed(model: PreTrainedModel) -> bool:
-    """Return whether the model's new blocks are switched off."""
-    return bool(getattr(model, _BYPASSED, False))
+from deepen.errors import PackError
+from deepen.expansion.manifest import Expansion
+from deepen.model.state import active_expansion, find_state, refuse_bypassed, state_of
+from deepen.model.structure import family_of
 
 
 def find_expansion(model: PreTrainedModel) -> Expansion | None:
-    """Return the record of the model's new blocks, or None for a model without or with them bypassed.
+    """Return the record of the model's active new blocks, or None for a model without.
 
-    A model that plain transformers loaded from an expanded checkpoint is recognised by the
-    `expansion.json` in the directory it came from.
+    Names of tensors in it are those of files. Several packs that are active together are one expansion.
 
     Raises:
-        PackError: that file describes another number of blocks.
+        PackError: the `expansion.json` the model came with describes another number of blocks.
     """
-    if is_bypassed(model):
-        return None
-    found = getattr(model, _ATTRIBUTE, None)
-    directory = Path(model.name_or_path or ".")
-    if isinstance(found, Expansion) or not (model.name_or_path and (directory / MANIFEST_NAME).is_file()):
-        return found
-    expansion = read_expansion(directory)
-    depth = len(blocks_of(model, family_of(model)))
-    if depth != expansion.layout.depth:
-        raise PackError(
-            f"{directory / MANIFEST_NAME}: describes {expansion.layout.depth} blocks, the model has {depth}"
-        )
-    attach_record(model, expansion)
-    return expansion
+    state = find_state(model)
+    return active_expansion(model, state) if state else None
 
 
 def expansion_of(model: PreTrainedModel) -> Expansion:
-    """Return the record of the model's new blocks, as `find_expansion` does.
+    """Return the record of the model's active new blocks, as `find_expansion` does.
 
     Raises:
-        PackError: the model has none, or they are bypassed.
+        PackError: the model has none, or none is active.
     """
-    if expansion := find_expansion(model):
+    state = state_of(model)
+    if expansion := active_expansion(model, state):
         return expansion
-    if is_bypassed(model):
-        raise PackError("the model's new blocks are bypassed: do this outside `with deepen.bypass(model)`")
-    raise PackError(
-        f"{type(model).__name__} has no record of new blocks\n"
-        "expand it with deepen.insert_blocks, or load it with deepen.load"
-    )
-
-
-def source_checkpoint(model: PreTrainedModel) -> Checkpoint | None:
-    """Return the files the model was loaded from, by directory or by hub id; None where there are none."""
-    directory = Path(model.name_or_path)
-    if not model.name_or_path:
-        return None
-    if not directory.is_dir():
-        revision = getattr(model.config, "_commit_hash", None)
-        try:
-            config = try_to_load_from_cache(model.name_or_path, CONFIG, revision=revision)
-        except ValueError:  # not the form of a hub id
-            return None
-        if not isinstance(config, str):
-            return None
-        directory = Path(config).parent
-    try:
-        return Checkpoint.open(directory)
-    except CheckpointError:
-        return None
+    refuse_bypassed(state)
+    first = next(iter(state.packs))
+    raise PackError(f"none of the model's block packs is active: deepen.activate(model, {first!r})")
 
 
 def new_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of the new blocks by exact name, from the record."""
-    expansion, family = expansion_of(model), family_of(model)
-    return {name: p for name, p in model.named_parameters() if base_name(expansion, family, name) is None}
+    """Return the parameters of the new blocks by exact name in the model, from the record.
+
+    Raises:
+        PackError: the model has no active new blocks.
+    """
+    new, family = expansion_of(model).layout.new_indices, family_of(model)
+    named = model.named_parameters(remove_duplicate=False)
+    return {n: p for n, p in named if (place := family.split(n)) and place[0] in new}
+
+
+def new_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return all that makes up the new blocks by exact name: parameters, and buffers that are their state.
+
+    Raises:
+        PackError: the model has no active new blocks.
+    """
+    new, family = expansion_of(model).layout.new_indices, family_of(model)
+    places = ((name, tensor, family.split(name)) for name, tensor in model.state_dict().items())
+    return {n: t for n, t, place in places if place and place[0] in new and not family.is_buffer(place[1])}

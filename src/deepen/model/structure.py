@@ -1,7 +1,8 @@
 """The blocks of a live model: where they are, how they are numbered, what the config says of them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,9 +10,12 @@ from transformers import PreTrainedModel
 from deepen.errors import FamilyError
 from deepen.families import Family, family_for
 
+ABSENT: Final = "deepen: the config has no such key"
+_LISTS: Final = ("layer_types", "mlp_layer_types")
+
 
 def family_of(model: PreTrainedModel) -> Family:
-    """Return the family of a live model.
+    """Return the family of a live model, in the dialect of its modules.
 
     Raises:
         FamilyError: deepen does not know it.
@@ -37,9 +41,38 @@ def blocks_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     return blocks
 
 
+def copied_block(block: nn.Module) -> nn.Module:
+    """Return a copy of a block that shares its configs: what is set on the model's later holds for it too."""
+    configs = (vars(module).get("config") for module in block.modules())
+    return copy.deepcopy(block, {id(config): config for config in configs if config is not None})
+
+
 def depth_config(model: PreTrainedModel, family: Family) -> dict[str, Any]:
-    """Return the config values that depend on the number of blocks."""
-    return {key: getattr(model.config, key) for key in (family.depth_key, *family.per_layer.keys)}
+    """Return the config values that depend on the number of blocks; `ABSENT` where there is none."""
+    resets = (key for numbers in family.per_layer.numbers for key in numbers.reset)
+    held = next(_text_configs(model, family)).to_dict()
+    keys = (family.depth_key, *family.per_layer.keys, *_LISTS, *resets)
+    return {key: held.get(key, ABSENT) for key in keys}
+
+
+def reordered_config(
+    model: PreTrainedModel, family: Family, config: Mapping[str, Any], origins: Sequence[int]
+) -> dict[str, Any]:
+    """Return the values of `depth_config` for a model whose block j is block `origins[j]` of another.
+
+    Args:
+        model: gives what does not depend on the number of blocks.
+        family: its family.
+        config: `depth_config` of that other model.
+        origins: for each block of the new model, the block whose kind it has.
+
+    Raises:
+        LayoutError: the config has no words for the kinds of blocks in this order.
+    """
+    rest = next(_text_configs(model, family)).to_dict()
+    known = {key: value for key, value in {**rest, **config}.items() if value is not ABSENT}
+    changed = family.per_layer.reorder(known, known[family.depth_key], origins)
+    return {**config, **changed, family.depth_key: len(origins)}
 
 
 def install_blocks(
@@ -52,9 +85,31 @@ def install_blocks(
     """
     parent, _, name = family.layers.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.ModuleList(blocks))
-    for key, value in config.items():
-        setattr(model.config, key, value)
     for index, block in enumerate(blocks):
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 setattr(module, "layer_idx", index)  # noqa: B010 - nn.Module declares no such attribute
+    for held in _text_configs(model, family):
+        for key, value in config.items():
+            if value is not ABSENT:
+                setattr(held, key, copy.copy(value))
+            elif key in vars(held):
+                delattr(held, key)
+    _forget_recorders(model)
+
+
+def _text_configs(model: PreTrainedModel, family: Family) -> Iterator[Any]:
+    """The config that describes the blocks, and equal ones that modules hold for themselves."""
+    config = getattr(model.config, family.section) if family.section else model.config
+    held = [vars(module).get("config") for module in model.modules()]
+    yield from {id(each): each for each in (config, *held) if type(each) is type(config)}.values()
+
+
+def _forget_recorders(model: PreTrainedModel) -> None:
+    """Let transformers hook the blocks anew when hidden states are next asked for: it does so only once."""
+    for module in model.modules():
+        if getattr(module, "_output_capturing_hooks_installed", False):
+            setattr(module, "_output_capturing_hooks_installed", False)  # noqa: B010
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[key]

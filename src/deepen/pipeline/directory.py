@@ -61,6 +61,11 @@ class RunDirectory:
         return self.evaluation / "base-windows.json"
 
     @property
+    def findings(self) -> Path:
+        """What the checks of the training text found: overlap with the evaluation texts, near-duplicates."""
+        return self.root / "findings.json"
+
+    @property
     def result(self) -> Path:
         """Written last: with it, the run is finished."""
         return self.root / "result.json"
@@ -154,10 +159,10 @@ def _clear(directory: RunDirectory) -> None:
     """
     try:
         directory.result.unlink(missing_ok=True)
-        for folder in ("checkpoints", "evaluation", "blocks", "model"):
+        for folder in ("checkpoints", "evaluation", "blocks", "model", "adapter", "tensorboard"):
             if (directory.root / folder).exists():
                 shutil.rmtree(directory.root / folder)
-        for name in ("report.html", "README.md", "environment.json", "metrics.jsonl"):
+        for name in ("report.html", "README.md", "environment.json", "findings.json", "metrics.jsonl"):
             (directory.root / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{error.filename}: cannot be removed: {error.strerror}") from None

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import torch
 
-from deepen.model.structure import blocks_of
+from deepen.model.structure import blocks_of, family_of
 from deepen.pipeline.plan import RunPlan
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.trainee import Trainee
@@ -23,7 +23,7 @@ def fit_memory(plan: RunPlan, trainee: Trainee, world: World, reporter: Reporter
     left of the memory after gradients and optimiser decides (`train.recompute: auto`).
     """
     model, mode = trainee.model, plan.recipe.train.recompute
-    blocks = list(blocks_of(model, plan.base.family))
+    blocks = list(blocks_of(model, family_of(model)))
     if mode != "none":
         shape = (plan.micro_batch, plan.recipe.data.sequence_length)
         tokens = torch.zeros(shape, dtype=torch.long, device=model.device)

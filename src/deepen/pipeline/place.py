@@ -41,9 +41,10 @@ def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
     if device.type != "cuda":
         return "ddp"
     counts = plan.parameters
-    frozen = counts.base + counts.new - counts.trainable
+    trainable = counts.trainable or 0  # adapters are small
+    frozen = counts.base + counts.new - trainable
     width = 4 if compute_precision(plan, device) == "fp32" else 2
-    needed = frozen * width + counts.trainable * _TRAINED_BYTES
+    needed = frozen * width + trainable * _TRAINED_BYTES
     room = torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE
     return "ddp" if needed <= room else "fsdp"
 

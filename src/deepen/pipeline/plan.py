@@ -56,7 +56,7 @@ class RunPlan:
         Each holds what trains and AdamW's two moments, in fp32.
         """
         saved = min(self.recipe.train.keep_checkpoints + 1, math.ceil(self.steps / self.checkpoint_every))
-        return saved * 12 * self.parameters.trainable
+        return saved * 12 * (self.parameters.trainable or 0)
 
 
 _T = TypeVar("_T")
@@ -87,7 +87,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
         base=base,
         fingerprint=fast_fingerprint(base.checkpoint),
         layout=layout,
-        parameters=_count(base, layout),
+        parameters=_count(recipe, base, layout),
         windows=windows,
         micro_batch=min(micro, windows),
         steps=steps,
@@ -152,15 +152,15 @@ def _is_buffer(name: str, family: Family) -> bool:
     return place is not None and family.is_buffer(place[1])
 
 
-def _count(base: Base, layout: Layout | None) -> Parameters:
+def _count(recipe: Recipe, base: Base, layout: Layout | None) -> Parameters:
     """Count from the headers; a tied head that the files repeat counts once."""
-    checkpoint, family = base.checkpoint, base.family
+    checkpoint, family, train = base.checkpoint, base.family, recipe.train
     tied = family.tied if family.is_tied(checkpoint.config) else {}
     parameters = (tensor for name, tensor in checkpoint.tensors.items() if name not in tied)
     tensors = [tensor for tensor in parameters if not _is_buffer(tensor.name, family)]
     total = count_parameters(tensors)
     if layout is None:
-        return Parameters(base=total, new=0, trainable=total)
+        return Parameters(base=total, new=0, trainable=total if train.method == "full" else None)
     copied = [block.copy_of for block in layout.new_blocks]
     places = ((family.split(tensor.name), tensor) for tensor in tensors)
     new = sum(count_parameters([tensor]) * copied.count(place[0]) for place, tensor in places if place)

@@ -1,7 +1,6 @@
 """One run from base to evaluated result. The only place where training meets evaluation."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepen.blocks import merge_pack
 from deepen.checkpoint import write_file
 from deepen.config import Recipe
 from deepen.data.evaluation_text import EvaluationText
@@ -23,7 +21,7 @@ from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import RunPlan, plan_run
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.scoring import score_texts
-from deepen.pipeline.texts import load_evaluation, load_tokenizer, prepare_mixture
+from deepen.pipeline.texts import corpus_cache, load_evaluation, load_tokenizer, prepare_texts
 from deepen.pipeline.trainee import (
     Trainee,
     assemble_trainee,
@@ -92,18 +90,15 @@ def _opened(plan: RunPlan, resume: bool, overwrite: bool, world: World) -> Itera
         yield RunDirectory(Path(recipe.output))
 
 
-def corpus_cache(recipe: Recipe) -> Path:
-    """Return the directory of tokenised corpora."""
-    default = os.environ.get("DEEPEN_CACHE") or Path.home() / ".cache" / "deepen"
-    return Path(recipe.data.cache or default)
-
-
 def _run(plan: RunPlan, directory: RunDirectory, world: World, reporter: Reporter) -> RunResult:
     recipe, cache = plan.recipe, corpus_cache(plan.recipe)
     tokenizer = load_tokenizer(plan.base.checkpoint.directory)
-    mixture, corpora = world.first_then_rest(lambda: prepare_mixture(plan, tokenizer, cache, reporter))
+    training = world.first_then_rest(lambda: prepare_texts(recipe, tokenizer, cache, reporter))
+    corpora, mixture = training.corpora, training.mixture
     texts = world.first_then_rest(lambda: load_evaluation(recipe, tokenizer, cache, corpora))
     data = {source.label: corpus.digest for source, corpus in zip(recipe.data.sources, corpora, strict=True)}
+    if world.is_first and training.findings:
+        write_file(directory.findings, json.dumps(training.findings.to_json(), indent=1) + "\n")
     provenance = capture_provenance(seed=recipe.train.seed, data=data, accelerators=_accelerators())
     if world.is_first and not directory.environment.exists():
         write_file(directory.environment, provenance.model_dump_json(indent=1) + "\n")
@@ -141,13 +136,10 @@ def _audit(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> AuditResult |
 def _save(plan: RunPlan, trainee: Trainee, directory: RunDirectory, reporter: Reporter) -> list[Path]:
     reporter.stage("saving")
     outputs = [trainee.method.save(trainee.model, directory.root, plan.base.checkpoint)]
-    if plan.recipe.merge and trainee.method.keeps_base:
+    if plan.recipe.merge:
         reporter.stage("merging")
-        merged = directory.root / "model"
-        merge_pack(
-            plan.base.checkpoint.directory, outputs[0], merged, overwrite=True, progress=reporter.progress
-        )
-        outputs.append(merged)
+        merged = trainee.method.merge(trainee.model, directory.root, plan.base.checkpoint, reporter.progress)
+        outputs += [merged] if merged else []
     return outputs
 
 
@@ -206,11 +198,12 @@ def _finish(
     outputs: Sequence[Path],
     directory: RunDirectory,
 ) -> RunResult:
+    trainable = sum(parameter.numel() for parameter in trainee.parameters.values())
     result = RunResult(
         method=trainee.method.name,
         base=plan.recipe.base,
         layout=plan.layout.draw() if plan.layout else None,
-        parameters=plan.parameters,
+        parameters=plan.parameters.model_copy(update={"trainable": trainable}),
         steps=plan.steps,
         tokens=plan.tokens,
         seconds=round(seconds, 2),

@@ -1,15 +1,41 @@
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from deepen.config import Recipe, TextSet
 from deepen.data.batches import Mixture
-from deepen.data.corpus import Corpus, prepare_corpus
+from deepen.data.corpus import Corpus, prepare_corpus, prepare_piece
 from deepen.data.documents import read_documents
 from deepen.data.evaluation_text import EvaluationText, load_evaluation_text
-from deepen.errors import CheckpointError
-from deepen.pipeline.plan import RunPlan, heldout_name
+from deepen.data.findings import Checks, Findings
+from deepen.data.pieces import Piece
+from deepen.data.selection import select_documents
+from deepen.errors import CheckpointError, RecipeError
+from deepen.pipeline.plan import heldout_name
 from deepen.pipeline.reporter import Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """The texts a run trains on.
+
+    Attributes:
+        corpora: one a source, without what the recipe's checks drop.
+        mixture: where batches come from.
+        findings: of the checks, if the recipe asks for any.
+    """
+
+    corpora: list[Corpus]
+    mixture: Mixture
+    findings: Findings | None
+
+
+def corpus_cache(recipe: Recipe) -> Path:
+    """Return the directory of tokenised corpora."""
+    default = os.environ.get("DEEPEN_CACHE") or Path.home() / ".cache" / "deepen"
+    return Path(recipe.data.cache or default)
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -27,11 +53,15 @@ def load_tokenizer(directory: Path) -> Any:
         raise CheckpointError(f"{directory}: has no tokenizer that can be read ({reason})") from None
 
 
-def prepare_mixture(
-    plan: RunPlan, tokenizer: Any, cache: Path, reporter: Reporter
-) -> tuple[Mixture, list[Corpus]]:
-    """Tokenise the sources, or find them in the cache, and mix them."""
-    data = plan.recipe.data
+def prepare_texts(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporter) -> Texts:
+    """Tokenise the sources, or find them in the cache; check them as the recipe asks; mix them.
+
+    Raises:
+        DataError: a text is missing, malformed, or nothing of it is left to train on.
+        RecipeError: a check is asked for that has nothing to check against.
+        OutputError: the cache cannot be written.
+    """
+    data = recipe.data
     corpora = []
     for source in data.sources:
         reporter.stage(f"tokenising {source.label}")
@@ -45,8 +75,70 @@ def prepare_mixture(
                 progress=lambda stage, done, total: reporter.progress(done, total, stage),
             )
         )
+    findings = None
+    if data.decontaminate or data.deduplicate:
+        corpora, findings = _check(recipe, corpora, tokenizer, cache, reporter)
+        reporter.note(findings.line())
     weighted = [(corpus, source.weight) for corpus, source in zip(corpora, data.sources, strict=True)]
-    return Mixture(weighted, data.sequence_length, plan.recipe.train.seed), corpora
+    mixture = Mixture(
+        weighted,
+        data.sequence_length,
+        recipe.train.seed,
+        packing=data.packing,
+        document_masks=data.document_masks,
+    )
+    return Texts(corpora=corpora, mixture=mixture, findings=findings)
+
+
+def prepare_pieces(
+    recipe: Recipe, tokenizer: Any, cache: Path, piece: Piece, reporter: Reporter
+) -> list[Corpus | None]:
+    """Tokenise one piece of each source; return the corpora whose pieces are all there by now."""
+    data = recipe.data
+    corpora = []
+    for source in data.sources:
+        reporter.stage(f"tokenising piece {piece.number}/{piece.count} of {source.label}")
+        corpora.append(
+            prepare_piece(
+                source,
+                tokenizer,
+                piece,
+                cache=cache,
+                heldout=data.heldout,
+                workers=data.workers,
+                progress=lambda stage, done, total: reporter.progress(done, total, stage),
+            )
+        )
+    return corpora
+
+
+def _check(
+    recipe: Recipe, corpora: list[Corpus], tokenizer: Any, cache: Path, reporter: Reporter
+) -> tuple[list[Corpus], Findings]:
+    data = recipe.data
+    overlap, repeats = data.decontaminate, data.deduplicate
+    texts = (*recipe.evaluate.general, *recipe.evaluate.domain)
+    if overlap and not texts and not data.heldout:
+        raise RecipeError(
+            "data.decontaminate: there is nothing to check against; "
+            "give texts under evaluate, or a share of data.heldout"
+        )
+    reporter.stage("checking the sources")
+    return select_documents(
+        [(source.label, corpus) for source, corpus in zip(data.sources, corpora, strict=True)],
+        [(text.label, read_documents(text, cache=cache / "hub")) for text in texts],
+        tokenizer,
+        Checks(
+            ngram=overlap.ngram if overlap else None,
+            overlap=overlap.action if overlap else "report",
+            similarity=repeats.similarity if repeats else None,
+            duplicates=repeats.action if repeats else "report",
+        ),
+        most_words=recipe.evaluate.max_tokens,
+        cache=cache,
+        workers=data.workers,
+        progress=lambda stage, done, total: reporter.progress(done, total, stage),
+    )
 
 
 def load_evaluation(

@@ -8,10 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint, full_fingerprint
+from deepen.data.document_masks import check_document_masks
 from deepen.errors import CheckFailed
 from deepen.expansion import Fingerprint
-from deepen.methods import METHODS, Method
-from deepen.model import base_fingerprint, base_tensors, compare_probes, insert_blocks, load, probe_logits
+from deepen.methods import Method, build_method
+from deepen.model import base_fingerprint, base_names, compare_probes, insert_blocks, load, probe_logits
 from deepen.model.structure import blocks_of
 from deepen.pipeline.place import Place, compute_precision
 from deepen.pipeline.plan import RunPlan
@@ -55,7 +56,7 @@ def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype
         CheckpointError: transformers cannot load it.
     """
     precision = compute_precision(plan, place.device)
-    wide = precision == "fp32" or plan.recipe.train.method == "full"
+    wide = precision == "fp32" or plan.recipe.train.method in ("full", "freeze", "scale")
     where = torch.device("cpu") if place.parallel == "fsdp" else place.device
     model = load(plan.base.checkpoint.directory, dtype=torch.float32 if wide else None, device=where)
     return model, torch.bfloat16 if precision == "bf16" else None
@@ -67,11 +68,13 @@ def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype
     Raises:
         CheckFailed: the expanded model is not the base.
     """
-    method = METHODS[plan.recipe.train.method]
+    method = build_method(plan.recipe.train)
     before = _probe(model, autocast) if plan.layout else None
     if plan.layout:
         fingerprint = Fingerprint(fast=plan.fingerprint)
         insert_blocks(model, plan.layout, base=plan.recipe.base, fingerprint=fingerprint)
+    if plan.recipe.data.document_masks:
+        check_document_masks(model)
     parameters = method.prepare(model)
     identity = _prove_identity(plan, before, _probe(model, autocast)) if before else None
     return Trainee(
@@ -134,7 +137,7 @@ def audit_base(plan: RunPlan, model: PreTrainedModel) -> AuditResult:
     Raises:
         CheckFailed: a base tensor moved.
     """
-    live = base_tensors(model, repeated=True)
+    live = base_names(model)
     dtypes = {name: tensor.dtype for name, tensor in plan.base.checkpoint.tensors.items() if name in live}
     before = full_fingerprint(plan.base.checkpoint, lambda name: name if name in dtypes else None)
     after = base_fingerprint(model, "full", dtypes)

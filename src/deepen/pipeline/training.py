@@ -1,7 +1,7 @@
 """Training with everything a run puts round it: metrics, evaluation, checkpoints, resume, signals."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from deepen.training.loop import Hooks, Settings, StepReport, train
 from deepen.training.metrics import MetricsLog
 from deepen.training.optimizer import build_optimizer
 from deepen.training.signals import stop_on_signal
+from deepen.training.sinks import open_sinks
 from deepen.training.world import World
 
 
@@ -61,7 +62,9 @@ def train_to_the_end(
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     reporter.stage("training")
-    log = world.first_only(lambda: _open_log(plan, directory, first, base_loss, reporter))
+    log = world.first_only(lambda: _Log(plan, directory, reporter, first))
+    if log and not first:
+        log.evaluation(0, base_loss)
 
     def evaluate(step: int) -> None:
         losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
@@ -71,18 +74,11 @@ def train_to_the_end(
     def save(step: int) -> None:
         if log:
             log.metrics.sync()
-        save_checkpoint(
-            directory.checkpoints,
-            step,
-            trainee.parameters,
-            optimizer,
-            identity=shared,
-            keep=section.keep_checkpoints,
-            world=world,
-        )
+        where, keep = directory.checkpoints, section.keep_checkpoints
+        save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
     hooks = Hooks(log=log.step if log else _ignore, evaluate=evaluate, save=save, stop=bool)
-    with closing(log.metrics) if log else nullcontext():
+    with closing(log) if log else nullcontext():
         _train(plan, trainee, mixture, optimizer, hooks, first, world)
     return log.seconds if log else 0.0
 
@@ -111,15 +107,6 @@ def _train(
         )
         if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
-
-
-def _open_log(
-    plan: RunPlan, directory: RunDirectory, first: int, base_loss: Mapping[str, float], reporter: Reporter
-) -> "_Log":
-    log = _Log(plan, MetricsLog(directory.metrics, resume_after=first or -1), reporter)
-    if not first:
-        log.evaluation(0, base_loss)
-    return log
 
 
 def _ignore(_: StepReport) -> None:
@@ -192,8 +179,16 @@ def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
 class _Log:
     """Turns what the loop reports into metrics lines and the live line."""
 
-    def __init__(self, plan: RunPlan, metrics: MetricsLog, reporter: Reporter) -> None:
-        self._plan, self.metrics, self._reporter = plan, metrics, reporter
+    def __init__(self, plan: RunPlan, directory: RunDirectory, reporter: Reporter, first: int) -> None:
+        self._plan, self._reporter = plan, reporter
+        recipe = plan.recipe.model_dump(mode="json")
+        self._stack = ExitStack()
+        # First of all: a package that is not installed is said before anything is written.
+        self._show = self._stack.enter_context(
+            open_sinks(plan.recipe.train.log, directory.root, recipe, first)
+        )
+        self.metrics = metrics = MetricsLog(directory.metrics, resume_after=first or -1)
+        self._stack.enter_context(closing(metrics))
         self._sources = [source.label for source in plan.recipe.data.sources]
         self._step_tokens = plan.windows * plan.recipe.data.sequence_length
         steps = [line for line in metrics.kept if "loss" in line]
@@ -202,12 +197,16 @@ class _Log:
             steps[-1]["source_tokens"] if steps else dict.fromkeys(self._sources, 0)
         )
 
+    def close(self) -> None:
+        """Close the log and everything else that shows metrics."""
+        self._stack.close()
+
     def step(self, report: StepReport) -> None:
         rate = self._step_tokens / report.seconds
         self.seconds += report.seconds
-        for source, windows in report.sources.items():
-            self._source_tokens[self._sources[source]] += windows * self._plan.recipe.data.sequence_length
-        self.metrics.write(
+        for source, tokens in report.sources.items():
+            self._source_tokens[self._sources[source]] += tokens
+        self._write(
             {
                 "step": report.step,
                 "tokens": report.step * self._step_tokens,
@@ -223,7 +222,11 @@ class _Log:
         self._reporter.progress(report.step, self._plan.steps, detail)
 
     def evaluation(self, step: int, nats: Mapping[str, float]) -> None:
-        self.metrics.write({"step": step, "tokens": step * self._step_tokens, "evaluation": dict(nats)})
+        self._write({"step": step, "tokens": step * self._step_tokens, "evaluation": dict(nats)})
         shown = "  ".join(f"{task} {value:.4f}" for task, value in nats.items())
         if shown:
             self._reporter.note(f"step {step}: {shown}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.metrics.write(line)
+        self._show(line)

@@ -89,11 +89,11 @@ class EvaluationRecord(Record):
 
 
 class Parameters(Record):
-    """Numbers of parameters."""
+    """Numbers of parameters; `trainable` is null before a run whose adapters only the built model tells."""
 
     base: int
     new: int
-    trainable: int
+    trainable: int | None
 
 
 class IdentityResult(Record):

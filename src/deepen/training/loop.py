@@ -12,22 +12,34 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from deepen.errors import Interrupted, TrainingError
-from deepen.training.loss import summed_loss
+from deepen.training.loss import IGNORED, summed_loss
 from deepen.training.parallel import Root, without_exchange
 from deepen.training.schedule import learning_rate
 from deepen.training.world import World
 
 
 class Batch(Protocol):
-    """What one optimiser step reads: `tokens` [windows, length + 1] and the `sources` of its windows."""
+    """What one optimiser step reads; see `deepen.data.batches.Batch`."""
 
     @property
     def tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Token ids."""
+        """Token ids [windows, length + 1]."""
 
     @property
     def sources(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Index of each window's source."""
+        """Index of each window's source [windows]."""
+
+    @property
+    def positions(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """Position ids [windows, length] that part documents; None: the model's own."""
+
+    @property
+    def trained(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+        """Which targets count [windows, length]; None: all."""
+
+    @property
+    def trained_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Targets of each window that count [windows]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +83,7 @@ class StepReport:
         learning_rate: rate of the update.
         gradient_norm: norm over all trainable parameters before clipping.
         seconds: wall time of the step.
-        sources: windows of each source in the step.
+        sources: source -> tokens of it in the step that count in the loss.
     """
 
     step: int
@@ -162,7 +174,7 @@ def _step(
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = _accumulate(root, torch.from_numpy(batch.tokens), settings, world)
+    loss = _accumulate(root, batch, settings, world)
     norm = _clip(parameters, settings.clip)
     if not np.isfinite(loss) or not np.isfinite(norm):
         raise TrainingError(
@@ -171,18 +183,18 @@ def _step(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    sources, counts = np.unique(batch.sources, return_counts=True)
+    counts = np.bincount(batch.sources, weights=batch.trained_tokens)
     return StepReport(
         step=step + 1,
         loss=loss,
         learning_rate=rate,
         gradient_norm=norm,
         seconds=perf_counter() - begin,
-        sources=dict(zip(sources.tolist(), counts.tolist(), strict=True)),
+        sources={source: int(count) for source, count in enumerate(counts) if count},
     )
 
 
-def _accumulate(root: nn.Module, tokens: torch.Tensor, settings: Settings, world: World) -> float:
+def _accumulate(root: nn.Module, batch: Batch, settings: Settings, world: World) -> float:
     """Add up gradients over micro-batches and processes, each divided by the *step's* tokens.
 
     Every process makes as many passes as the one with most windows, as sharded weights are gathered by all
@@ -192,20 +204,34 @@ def _accumulate(root: nn.Module, tokens: torch.Tensor, settings: Settings, world
         The mean loss of the step.
     """
     device = next(root.parameters()).device
-    total = tokens.shape[0] * (tokens.shape[1] - 1)
+    windows = len(batch.tokens)
+    total = max(1, int(batch.trained_tokens.sum()))
     summed = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
-    mine = torch.split(tokens[world.rank :: world.size], settings.micro_batch)
-    passes = math.ceil(math.ceil(tokens.shape[0] / world.size) / settings.micro_batch)
+    mine = torch.split(torch.arange(windows)[world.rank :: world.size], settings.micro_batch)
+    passes = math.ceil(math.ceil(windows / world.size) / settings.micro_batch)
     for index in range(passes):
         counts = index < len(mine) and len(mine[index]) > 0
-        rows = (mine[index] if counts else tokens[:1]).to(device)
+        part = _part(batch, mine[index].numpy() if counts else np.zeros(1, dtype=np.int64), device)
         with without_exchange(root, last=index == passes - 1):
             with _autocast(device, settings.autocast):
-                nll = root(lambda model, rows=rows: summed_loss(model, rows)) * counts
+                nll = root(lambda model, part=part: summed_loss(model, *part)) * counts
             # Of gradients the mean over processes is taken: hence their number.
             (nll / (total / world.size)).backward()
         summed += nll.detach().to(summed)
     return (world.add(summed) / total).item()
+
+
+def _part(
+    batch: Batch, rows: np.ndarray[Any, np.dtype[np.int64]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return inputs, targets and positions of some windows; targets that do not count are `IGNORED`."""
+    tokens = torch.from_numpy(batch.tokens[rows]).to(device)
+    targets = tokens[:, 1:]
+    if batch.trained is not None:
+        counted = torch.from_numpy(batch.trained[rows]).to(device)
+        targets = targets.masked_fill(~counted, IGNORED)
+    positions = None if batch.positions is None else torch.from_numpy(batch.positions[rows]).to(device)
+    return tokens[:, :-1], targets, positions
 
 
 def _clip(parameters: Mapping[str, nn.Parameter], largest: float | None) -> float:

@@ -15,25 +15,36 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+# A target that does not count.
+IGNORED: Final = -100
 # Elements of the logits held at a time: 64 MB in fp32.
 _MOST_LOGITS: Final = 2**24
 
 
-def summed_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the negative log-likelihoods of each token given those before it, in nats.
+def summed_loss(
+    model: PreTrainedModel,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the sum of the negative log-likelihoods of targets, in nats.
 
-    Equal, but for the order of additions, to cross-entropy of `model(tokens[:, :-1]).logits` in fp32.
+    Equal, but for the order of additions, to cross-entropy of `model(inputs).logits` in fp32.
 
     Args:
         model: a causal language model.
-        tokens: token ids [windows, length + 1].
+        inputs: token ids [windows, length].
+        targets: the token after each, [windows, length]; `IGNORED` where it does not count.
+        positions: position ids [windows, length], where they are not 0, 1, 2, …; transformers parts
+            documents where they restart, as no cache is used.
 
     Returns:
         A scalar in fp32 to call `backward` on, once.
     """
-    states = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+    placed = {} if positions is None else {"position_ids": positions}
+    states = model.base_model(input_ids=inputs, use_cache=False, **placed).last_hidden_state
     head = _trainable_head(model)
-    loss: torch.Tensor = _HeadLoss.apply(states, model, tokens[:, 1:], *head)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _HeadLoss.apply(states, model, targets, *head)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -49,7 +60,7 @@ class _HeadLoss(torch.autograd.Function):
     """Cross-entropy of the head's logits; gradients are made in the forward pass, part by part."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, states: torch.Tensor, model: PreTrainedModel, labels: torch.Tensor, *head: nn.Parameter
     ) -> torch.Tensor:
         step = max(1, _MOST_LOGITS // (model.config.get_text_config().vocab_size * len(states)))
@@ -72,7 +83,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In place: nothing else refers to them, and a copy would be as large as the states.
         scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in (ctx.upstream, *ctx.gradients)]
         ctx.upstream, ctx.gradients = None, []
@@ -80,7 +91,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    flat = logits.flatten(0, 1).float()
+    return functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 class _Output:

@@ -22,6 +22,7 @@ from deepen.errors import TrainingError
 Recompute = Literal["none", "auto", "full"]
 
 _MEMINFO: Final = Path("/proc/meminfo")
+_NOTHING: Final = torch.empty(0)
 # Left free by `auto`: what allocators waste, and what is no activation.
 _MARGIN: Final = 0.15
 
@@ -53,11 +54,12 @@ def measure_blocks(blocks: Sequence[nn.Module], forward: Callable[[], object]) -
     saved: list[int] = []
     inputs: list[int] = []
 
-    def note(tensor: torch.Tensor) -> None:
+    def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if saved and storage.data_ptr() not in weights | held.keys():
             held[storage.data_ptr()] = storage
             saved[-1] += storage.nbytes()
+        return _NOTHING  # the tensor itself is let go
 
     def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         held.clear()
@@ -70,7 +72,7 @@ def measure_blocks(blocks: Sequence[nn.Module], forward: Callable[[], object]) -
 
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     try:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda _: None):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
             forward()
     finally:
         for hook in hooks:

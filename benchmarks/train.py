@@ -1,0 +1,249 @@
+"""Training speed: deepen's loop against `transformers.Trainer` and peft on one model and the same batches.
+
+Every contender trains a Llama-shaped model of random weights on the same random tokens. They take turns, a
+few steps each, so that a busy machine disturbs all alike; a contender's figure is the median over its steps,
+without the first two of each turn.
+
+    python benchmarks/train.py [--shape tiny|8b] [--device cpu|cuda] [--rounds 3] [--steps 8] [--out FILE]
+
+Exit code 1 if deepen's interleaved blocks are not 1.3 times as fast as the frozen Trainer with gradient
+checkpointing, or its suffix blocks not 1.6 times as fast as full fine-tuning.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from deepen.checkpoint import write_file
+from deepen.expansion import plan_layout
+from deepen.model import freeze_base, insert_blocks
+from deepen.records.provenance import capture_provenance
+from deepen.training.loss import summed_loss
+from deepen.training.optimizer import build_optimizer
+
+MIN_FROZEN_TRAINER, MIN_FULL = 1.3, 1.6
+WARM = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model to train and the batch to train it on."""
+
+    model: dict[str, int]
+    new_blocks: int
+    length: int
+    windows: int
+
+
+SHAPES = {
+    "tiny": Shape(
+        {
+            "vocab_size": 512,
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+        new_blocks=2,
+        length=256,
+        windows=4,
+    ),
+    "8b": Shape(
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        new_blocks=8,
+        length=4096,
+        windows=1,
+    ),
+}
+
+
+class Bench:
+    """One model, one stream of batches, and the contenders' ways of training on it."""
+
+    def __init__(self, shape: Shape, device: str, steps: int) -> None:
+        self.shape, self.device, self.steps = shape, torch.device(device), steps
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        torch.manual_seed(0)
+        config = LlamaConfig(**shape.model, max_position_embeddings=shape.length, use_cache=False)
+        with torch.device(device):
+            self.base = LlamaForCausalLM(config).to(self.dtype)
+        size = (steps, shape.windows, shape.length + 1)
+        self.batches = torch.randint(
+            shape.model["vocab_size"], size, generator=torch.Generator().manual_seed(1)
+        )
+
+    def model(self, placement: str | None = None) -> LlamaForCausalLM:
+        """Return a fresh copy of the base, expanded and frozen if a placement is given."""
+        model = copy.deepcopy(self.base).train()
+        if placement:
+            count = self.shape.new_blocks
+            layout = plan_layout(len(model.model.layers), blocks=count, placement=placement)  # type: ignore[arg-type]
+            insert_blocks(model, layout)
+            freeze_base(model)
+        return model
+
+    def ours(self, placement: str | None) -> list[float]:
+        """Run deepen's step; return seconds per step."""
+        model = self.model(placement)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for parameter in parameters.values():
+            parameter.data = parameter.data.float()
+        optimizer = build_optimizer(parameters, betas=(0.9, 0.95), weight_decay=0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4
+        autocast = self.dtype if self.dtype != torch.float32 else None
+        seconds = []
+        for batch in self.batches:
+            begin = self._now()
+            tokens = batch.to(self.device)
+            with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+                loss = summed_loss(model, tokens[:, :-1], tokens[:, 1:])
+            (loss / tokens[:, 1:].numel()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds.append(self._now() - begin)
+        return seconds
+
+    def trainer(self, model: Any, *, checkpointing: bool) -> list[float]:
+        """Run `transformers.Trainer` on the same batches; return seconds per step."""
+        timer = _Timer(self._now)
+        arguments = TrainingArguments(
+            output_dir="/tmp/unused",
+            per_device_train_batch_size=self.shape.windows,
+            max_steps=self.steps,
+            learning_rate=1e-4,
+            gradient_checkpointing=checkpointing,
+            use_cpu=self.device.type == "cpu",
+            bf16=self.dtype == torch.bfloat16,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        rows = self.batches.flatten(0, 1)[:, :-1]
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        Trainer(model=model, args=arguments, train_dataset=data, callbacks=[timer]).train()
+        return timer.seconds
+
+    def lora(self, *, checkpointing: bool = False) -> list[float]:
+        """Run peft's LoRA on all linear layers under the Trainer."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        return self.trainer(get_peft_model(self.model(), config), checkpointing=checkpointing)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class _Timer(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.seconds: list[float] = []
+        self._now, self._begin = now, 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begin = self._now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(self._now() - self._begin)
+
+
+def contenders(bench: Bench) -> Iterator[tuple[str, Callable[[], list[float]]]]:
+    """Name every way of training, and how to run it."""
+    yield "deepen blocks, interleaved", lambda: bench.ours("interleaved")
+    yield "deepen blocks, suffix", lambda: bench.ours("suffix")
+    yield "deepen full", lambda: bench.ours(None)
+    frozen = "Trainer, same blocks frozen"
+    yield frozen, lambda: bench.trainer(bench.model("interleaved"), checkpointing=False)
+    yield f"{frozen}, checkpointing", lambda: bench.trainer(bench.model("interleaved"), checkpointing=True)
+    yield "Trainer full", lambda: bench.trainer(bench.model(), checkpointing=False)
+    yield "Trainer + peft LoRA r16", bench.lora
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
+    """Let the contenders take turns; return tokens per second by name."""
+    seconds: dict[str, list[float]] = {name: [] for name, _ in contenders(bench)}
+    peaks: dict[str, float] = {}
+    for turn in range(rounds):
+        for name, run in contenders(bench):
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds[name] += run()[WARM:]
+            if bench.device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated() / 1e9
+                torch.cuda.empty_cache()
+            gc.collect()
+            print(f"  {turn + 1}/{rounds} {name}: {seconds[name][-1]:.3f} s", file=sys.stderr)
+    tokens = bench.shape.windows * bench.shape.length
+    return {
+        name: {
+            "tokens_per_second": round(tokens / statistics.median(found), 1),
+            "seconds_low": round(min(found), 4),
+            "seconds_high": round(max(found), 4),
+            **({"peak_gb": round(peaks[name], 2)} if peaks else {}),
+        }
+        for name, found in seconds.items()
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    figures = measure(Bench(SHAPES[options.shape], options.device, options.steps), options.rounds)
+    speed = {name: figure["tokens_per_second"] for name, figure in figures.items()}
+    trainer = speed["Trainer, same blocks frozen, checkpointing"]
+    ratios = {
+        "interleaved over the frozen Trainer with checkpointing": speed["deepen blocks, interleaved"]
+        / trainer,
+        "suffix over full fine-tuning": speed["deepen blocks, suffix"]
+        / max(speed["deepen full"], speed["Trainer full"]),
+    }
+    fast = all(
+        ratio >= limit for ratio, limit in zip(ratios.values(), (MIN_FROZEN_TRAINER, MIN_FULL), strict=True)
+    )
+    record = {
+        "benchmark": "train",
+        "options": {k: v for k, v in vars(options).items() if k != "out"},
+        "threads": torch.get_num_threads(),
+        "figures": figures,
+        "ratios": {name: round(ratio, 2) for name, ratio in ratios.items()},
+        "passed": fast,
+        "provenance": capture_provenance(seed=0, data={}).model_dump(mode="json"),
+    }
+    print(json.dumps(record, indent=1))
+    if options.out:
+        write_file(options.out, json.dumps(record, indent=1) + "\n")
+    return 0 if fast else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deepen.checkpoint import Checkpoint, atomic_directory
+from deepen.config import LoraSection
+from deepen.expansion import Progress
+from deepen.methods.full import Full
+from deepen.methods.method import nearest, widen
+
+ADAPTER: Final = "adapter"
+
+
+class Lora:
+    """Low-rank adaptation by peft (arXiv 2106.09685), on all linear layers of the blocks, with alpha = 2 r.
+
+    These are the settings in which LoRA is a fair control (arXiv 2405.09673). `rslora` scales by
+    alpha / sqrt(r) (arXiv 2312.03732), `dora` trains magnitudes apart from directions (arXiv 2402.09353).
+    """
+
+    name: Final = "lora"
+    keeps_base: Final = True
+
+    def __init__(self, section: LoraSection, match_parameters: int | None = None) -> None:
+        """Take the settings of a recipe; `match_parameters` decides the rank instead."""
+        self._section, self._match = section, match_parameters
+
+    def prepare(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+        """Add the adapter, which begins as nothing: B is zero."""
+        from peft import LoraConfig
+
+        model.requires_grad_(False)
+        rank = self._rank(model)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=self._section.alpha or 2 * rank,
+            lora_dropout=self._section.dropout,
+            use_rslora=self._section.variant == "rslora",
+            use_dora=self._section.variant == "dora",
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model.add_adapter(config)
+        return widen({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+    def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
+        """Nothing is rounded: an adapter is saved in fp32."""
+        return {}
+
+    def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
+        """Write `adapter/`, in peft's format."""
+        target = run / ADAPTER
+        with atomic_directory(target, overwrite=True, inside=(base.directory,)) as staged:
+            model.save_pretrained(staged)
+            for file in staged.iterdir():
+                file.chmod(staged.stat().st_mode & 0o666)  # the library's writer leaves 0600
+        return target
+
+    def merge(
+        self, model: PreTrainedModel, run: Path, base: Checkpoint, progress: Progress | None
+    ) -> Path | None:
+        """Add the adapter to the matrices, in memory too, and write an ordinary checkpoint."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+        return Full().save(model, run, base)
+
+    def _rank(self, model: PreTrainedModel) -> int:
+        if self._match is None:
+            return self._section.rank
+        head = model.get_output_embeddings()
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        return nearest(self._match, sum(m.in_features + m.out_features for m in linears))

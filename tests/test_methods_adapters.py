@@ -1,0 +1,123 @@
+"""Every method begins as the base, trains what it says, keeps what it says, and can be loaded again."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_model_insert import logits, plain
+
+from deepen.checkpoint import Checkpoint
+from deepen.config import parse_recipe
+from deepen.errors import RecipeError
+from deepen.methods import build_method
+from deepen.model import base_fingerprint
+from deepen.training.loss import summed_loss
+from deepen.training.optimizer import build_optimizer
+
+TOKENS = torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(0))
+RECIPE = """
+base: base
+output: out
+data: {sequence_length: 16, sources: [{path: a.txt}]}
+train: {method: METHOD, tokens: 100, batch_tokens: 32, learning_rate: 1e-2}
+"""
+METHODS = {
+    "lora": [],
+    "rslora": ["train.method=lora", "train.lora.variant=rslora"],
+    "dora": ["train.method=lora", "train.lora.variant=dora"],
+    "freeze": ["train.freeze.blocks=2"],
+    "moe": [],
+    "scale": [],
+    "prompt": [],
+}
+KEEP_BASE = ["lora", "rslora", "dora", "prompt"]
+
+
+def method_of(name, *settings):
+    text = RECIPE.replace("METHOD", name if name in METHODS and "=" not in name else "lora")
+    text = text.replace("method: rslora", "method: lora").replace("method: dora", "method: lora")
+    return build_method(parse_recipe(text, [*METHODS.get(name, []), *settings]).train)
+
+
+def one_step(model, parameters):
+    optimizer = build_optimizer(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    model.train()
+    for _ in range(2):  # the first moves only what the zeros let it
+        summed_loss(model, TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_begins_as_the_base_and_trains(tiny_llama, tmp_path, name):
+    base = tiny_llama()
+    model, method = plain(base), method_of(name)
+    before = logits(model)
+    digest = base_fingerprint(model, "full")
+    parameters = method.prepare(model)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    assert parameters.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+    one_step(model, parameters)
+    trained = logits(model)
+    assert not torch.allclose(trained, before, atol=1e-3)
+    if name in KEEP_BASE:
+        dtypes = dict.fromkeys(Checkpoint.open(base).tensors, "F32")
+        assert base_fingerprint(model, "full", dtypes) == digest
+    assert method.keeps_base == (name in KEEP_BASE)
+    saved = method.save(model, tmp_path / "run", Checkpoint.open(base))
+    merged = method.merge(model, tmp_path / "run", Checkpoint.open(base), None)
+    if name in ("freeze", "moe"):
+        assert merged is None
+        merged = saved
+    if name in ("scale", "prompt"):
+        assert merged is None
+        held = load_file(saved / f"{name}.safetensors")
+        assert all(torch.equal(held[key], p) for key, p in parameters.items())
+    else:
+        torch.testing.assert_close(logits(plain(merged)), trained, rtol=1e-3, atol=2e-4)
+        assert json.loads((merged / "config.json").read_text()) == json.loads(
+            (base / "config.json").read_text()
+        )
+
+
+def test_an_adapter_is_one_of_pefts(tiny_llama, tmp_path):
+    from peft import PeftModel
+
+    base = tiny_llama()
+    model, method = plain(base), method_of("lora")
+    one_step(model, method.prepare(model))
+    adapter = method.save(model, tmp_path / "run", Checkpoint.open(base))
+    again = PeftModel.from_pretrained(plain(base), adapter).eval()
+    torch.testing.assert_close(logits(again), logits(model))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["lora_alpha"] == 2 * settings["r"] == 32
+    modules = set(settings["target_modules"])
+    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {path.stat().st_mode & 0o777 for path in adapter.iterdir()} == {0o644}
+
+
+def test_frozen_blocks_are_those_that_new_ones_would_copy(tiny_llama):
+    model = plain(tiny_llama(blocks=6))
+    trained = method_of("freeze", "train.freeze.blocks=3").prepare(model)
+    assert {name.split(".")[2] for name in trained} == {"1", "3", "5"}
+    assert all(name.startswith("model.layers.") for name in trained)
+
+
+@pytest.mark.parametrize("name", ["lora", "freeze"])
+def test_matched_parameters(tiny_llama, name):
+    model = plain(tiny_llama())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    parameters = method_of(name, f"train.match_parameters={2 * block}").prepare(model)
+    count = sum(p.numel() for p in parameters.values())
+    assert count == pytest.approx(2 * block, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["moe", "scale", "prompt", "full"])
+def test_nothing_to_match(name):
+    with pytest.raises(RecipeError, match="match_parameters"):
+        parse_recipe(RECIPE.replace("METHOD", name), ["train.match_parameters=100"])
