@@ -6,6 +6,7 @@ the others wait in it while the first one writes a corpus.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def join_world() -> Iterator[World]:
         yield world
     except BaseException as error:
         if not _may_speak(store, rank):
+            time.sleep(_PRECEDENCE.total_seconds())  # torchrun ends all when one has ended
             raise SystemExit(exit_code(error)) from None
         if _is_loss(error):
             raise TrainingError(
