@@ -94,13 +94,32 @@ def results() -> str:
 
 def _expand_result() -> str:
     record = json.loads((ROOT / "benchmarks" / "records" / "expand.json").read_text())
-    size, ratio, alone = record["base_gigabytes"], record["ratio"], record["ratio_to_unsynced_cp"]
+    head = ["`deepen expand`, base of", "of `cp` and sync", "of `cp` alone", "memory", *_PEERS.values()]
+    rows = []
+    for shape in record["shapes"].values():
+        rows.append(
+            [
+                f"{shape['base_bytes'] / 1e9:.1f} GB",
+                f"{shape['ratio']:.2f}×",
+                f"{shape['ratio_to_unsynced_cp']:.2f}×",
+                f"{shape['peak_megabytes']['expand']:.0f} MB",
+                *(_peer(shape, name) for name in _PEERS),
+            ]
+        )
     return (
-        f"`deepen expand` of a {size:.0f} GB checkpoint takes {ratio:.2f} times as long as `cp` of its\n"
-        f"output brought to the disk ({alone:.2f} times `cp` alone, which leaves it in memory), in "
-        f"{record['peak_megabytes']:.0f} MB:\n"
-        "`make bench`, [benchmarks/records/expand.json](benchmarks/records/expand.json).\n\n"
+        "Time of an expansion against a copy of its output. deepen brings what it writes to the disk; `cp`\n"
+        "alone leaves it in memory. The other tools write the same tensors, here in so many times our time:\n\n"
+        f"{_table(head, rows)}<sub>`make bench`; record: benchmarks/records/expand.json.</sub>\n\n"
     )
+
+
+_PEERS = {"mergekit": "mergekit", "llama_factory": "LLaMA-Factory"}
+
+
+def _peer(shape: dict[str, Any], name: str) -> str:
+    if name not in shape["times_as_fast_as"]:
+        return "not measured"
+    return f"{shape['times_as_fast_as'][name]:.1f}×, {shape['peak_megabytes'][name]:,.0f} MB"
 
 
 def _results_table(record: dict[str, Any]) -> str:
