@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from io import FileIO
 from pathlib import Path
@@ -111,6 +111,7 @@ def _write(file: PlannedFile, path: Path) -> Iterator[int]:
     """Write one file, yielding the number of bytes after each step."""
     with ExitStack() as stack:
         target = stack.enter_context(path.open("xb", buffering=0)).fileno()
+        write_back = stack.enter_context(_writing_back(target))
         sources: dict[Path, int] = {}
         # The full length at once: whatever is then not written is a hole, which reads as zeros.
         os.truncate(target, file.size)
@@ -121,7 +122,10 @@ def _write(file: PlannedFile, path: Path) -> Iterator[int]:
                 source = tensor.source
                 if source.file not in sources:
                     sources[source.file] = stack.enter_context(_open(source.file)).fileno()
-                yield from _copy(sources[source.file], target, source, position, length)
+                for count in _copy(sources[source.file], target, source, position, length):
+                    write_back(position, count)
+                    position += count
+                    yield count
             else:
                 _fill(target, fill_bytes(tensor.dtype, tensor.source.value), position, length)
                 yield length
@@ -173,18 +177,28 @@ def _copy(source: int, target: int, copy: Copy, position: int, length: int) -> I
             del means[0]
         elif count == 0:
             raise CheckpointError(f"{copy.file}: ended early; the file has changed while it was read")
-        _begin_writeback(target, position + done, count)
         done += count
         yield count
 
 
-def _begin_writeback(target: int, position: int, count: int) -> None:
-    """Let the disk begin with these bytes while the next are copied, so that the sync at the end is short.
+@contextmanager
+def _writing_back(target: int) -> Iterator[Callable[[int, int], None]]:
+    """Let the disk begin with what was written (position, count) while more is copied.
 
-    A hint: where the system has no such call, or refuses, the sync at the end does it all.
+    In a thread of its own, as the call waits where the disk has enough to do. It is a hint: what was not
+    begun with, on a system without such a call all of it, is left to the sync at the end.
     """
-    if call := _sync_file_range():
-        call(target, ctypes.c_int64(position), ctypes.c_int64(count), _BEGIN_WRITE)
+    with ThreadPoolExecutor(1) as disk:
+
+        def begin(position: int, count: int) -> None:
+            if call := _sync_file_range():
+                span = ctypes.c_int64(position), ctypes.c_int64(count)
+                disk.submit(call, target, *span, _BEGIN_WRITE)
+
+        try:
+            yield begin
+        finally:
+            disk.shutdown(cancel_futures=True)
 
 
 @cache
