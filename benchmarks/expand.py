@@ -286,13 +286,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--llama-factory", type=Path, help="its scripts/llama_pro.py")
     parser.add_argument("--llama-factory-python", type=Path, default=Path(sys.executable))
     parser.add_argument("--directory", type=Path, help="on the disk to measure; default: the system's")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "expand.json")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, help="default: benchmarks/records/expand-SHAPE.json")
+    options = parser.parse_args()
+    options.shape = options.shape or ["1.1b"]
+    name = "-".join(["expand", *options.shape]) + ".json"
+    options.out = options.out or Path(__file__).parent / "records" / name
+    return options
 
 
 def main() -> int:
     options = parse_options()
-    chosen = {name: SHAPES[name] for name in options.shape or ["1.1b"]}
+    chosen = {name: SHAPES[name] for name in options.shape}
     if options.gigabytes:
         chosen = {name: shape.of_size(options.gigabytes) for name, shape in chosen.items()}
     shapes = {name: run_shape(shape, options) for name, shape in chosen.items()}
