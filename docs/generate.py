@@ -108,8 +108,8 @@ def _expand_result() -> str:
             ]
         )
     return (
-        "Time of an expansion against a copy of its output. deepen brings what it writes to the disk; `cp`\n"
-        "alone leaves it in memory. The other tools write the same tensors, here in so many times our time:\n\n"
+        "Time of an expansion against a copy of its output. deepen brings what it writes to the disk, `cp`\n"
+        "alone leaves it in memory. The other tools write the same tensors, in so many times our time:\n\n"
         f"{_table(head, rows)}<sub>`make bench`; records: benchmarks/records.</sub>\n\n"
     )
 
