@@ -45,7 +45,8 @@ def main() -> None:
             max_steps=args.steps,
             max_length=args.length,
             learning_rate=2e-4,
-            bf16=model.dtype == torch.bfloat16,  # SFTConfig's own default is True
+            bf16=model.dtype == torch.bfloat16,  # its own default is True
+            activation_checkpointing=True,
             save_steps=50,
         ),
         processing_class=AutoTokenizer.from_pretrained(args.base),

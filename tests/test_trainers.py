@@ -96,7 +96,7 @@ def run_example(name, monkeypatch, *arguments):
     monkeypatch.setattr(deepen.SaveBlocks, "on_train_begin", noted)
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    return seen["model"].eval()
+    return seen["model"].cpu().eval()
 
 
 def check_example(model, base, out):
