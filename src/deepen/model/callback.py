@@ -155,9 +155,10 @@ def _check_checkpointing(model: PreTrainedModel) -> None:
 
 def _is_reentrant(module: nn.Module) -> bool:
     recompute = vars(module).get("_gradient_checkpointing_func")
-    used = getattr(module, "gradient_checkpointing", False) and isinstance(recompute, partial)
+    if not (isinstance(recompute, partial) and getattr(module, "gradient_checkpointing", False)):
+        return False
     # Where it is not said, torch takes the reentrant one.
-    return bool(used and recompute.keywords.get("use_reentrant") is not False)
+    return recompute.keywords.get("use_reentrant") is not False
 
 
 def _word(parameter: torch.Tensor) -> str:

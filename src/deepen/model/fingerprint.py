@@ -54,10 +54,10 @@ def _merged_dtypes(model: PreTrainedModel, files: Checkpoint | None) -> dict[str
     expansion = find_expansion(model)
     if expansion is None or files is None:
         return None
-    named = {n: t for part in _parts(model, None, repeated=False, meta=True) for n, t in part.items()}
+    held = {n: t.dtype for part in _parts(model, None, repeated=False) for n, t in part.items()}
     state = _without_adapters(model.state_dict())
     written = written_dtypes(expansion, file_names(model, files), files, state)
-    return {name: DTYPE_NAMES[written.get(name, tensor.dtype)] for name, tensor in named.items()}
+    return {name: DTYPE_NAMES[written.get(name, dtype)] for name, dtype in held.items()}
 
 
 def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str, torch.Tensor]:
