@@ -48,6 +48,7 @@ def main() -> None:
             bf16=model.dtype == torch.bfloat16,  # its own default is True
             activation_checkpointing=True,
             save_steps=50,
+            use_cpu=not torch.accelerator.is_available(),
         ),
         processing_class=AutoTokenizer.from_pretrained(args.base),
         train_dataset=Dataset.from_list(rows),

@@ -36,7 +36,6 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.base)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
 
-    # docs: begin
     depth = model.config.get_text_config().num_hidden_layers
     deepen.insert_blocks(model, deepen.plan_layout(depth, blocks=args.blocks))
     for parameter in deepen.freeze_base(model).values():
@@ -52,12 +51,12 @@ def main() -> None:
             bf16=model.dtype == torch.bfloat16,
             activation_checkpointing=True,
             save_steps=50,
+            use_cpu=not torch.accelerator.is_available(),
         ),
         train_dataset=windows(tokenizer, args.text, args.length),
         callbacks=[deepen.SaveBlocks()],
     )
     trainer.train()
-    # docs: end
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_model_insert import logits, plain
 from tiny_run import sentences, write_base
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -212,10 +213,10 @@ def test_a_model_without_new_blocks_is_refused(tiny_llama, tmp_path):
 
 def test_a_sharded_model_is_refused(tiny_llama, tmp_path):
     model = expanded(tiny_llama())
+    running = trainer(model, tmp_path / "out")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        fully_shard(model)
-        running = trainer(plain(tiny_llama("other")), tmp_path / "out")
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(TrainingError, match=r"embed_tokens\.weight' is sharded"):
             deepen.SaveBlocks().on_train_begin(running.args, running.state, running.control, model=model)
     finally:
