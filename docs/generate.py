@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from deepen import cli
 from deepen.config.recipe import Recipe
-from deepen.families import Family, load_families, load_refusals
+from deepen.families import Family, family_for, load_families, load_refusals, load_towers
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -348,6 +348,14 @@ writes it out: every base block keeps its kind, and a new block has that of the 
 
 """
 
+_TOWERS = """\
+## Models of several towers
+
+Of these the text tower is expanded, where it is one of the families above; the other towers stay as they are.
+Which one it is stands in the text config.
+
+"""
+
 _REFUSED = """\
 ## Refused
 
@@ -361,7 +369,9 @@ def families_page() -> str:
     head = ["family", "`model_type`", "residual writes", "of each block's own kind in the config"]
     families = _table(head, [_family(family) for family in load_families()])
     refused = _table(["in `config.json`", "why"], list(_refusals()))
-    return _FAMILIES + families + _REFUSED + refused.rstrip() + "\n"
+    head = ["`model_type`", "family where the text config does not say", "the text config"]
+    towers = _table(head, list(_towers()))
+    return _FAMILIES + families + _TOWERS + towers + _REFUSED + refused.rstrip() + "\n"
 
 
 def _family(family: Family) -> list[str]:
@@ -373,6 +383,12 @@ def _family(family: Family) -> list[str]:
     writes = "; ".join(f"{_names(names)} = {value:g}" for value, names in fills.items())
     keys = _names(family.per_layer.keys) if family.per_layer.keys else ""
     return [family.name, _names(family.model_types), writes + (", with biases" if biased else ""), keys]
+
+
+def _towers() -> Iterator[list[str]]:
+    for model_type, tower in load_towers().items():
+        place = "`text_config`" + (", or beside the model's own values" if tower.get("flat") else "")
+        yield [f"`{model_type}`", family_for({"model_type": tower["text"]}).name, place]
 
 
 def _refusals() -> Iterator[list[str]]:

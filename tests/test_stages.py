@@ -7,14 +7,21 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import write_tiny_llama
+from safetensors.torch import load_file
+from tiny_run import write_base, write_recipe
 from trained_files import assert_same_files, assert_same_tensors, in_place, new_indices
 from transformers import AutoModelForCausalLM
 
+import deepen
 from deepen.blocks import extract_pack, inspect_blocks, merge_pack, stack_packs, unmerge
+from deepen.checkpoint import Checkpoint, full_fingerprint
 from deepen.cli import main
-from deepen.errors import CheckpointError, PackError
+from deepen.config import load_recipe
+from deepen.errors import CheckFailed, CheckpointError, PackError
 from deepen.expansion import expand_checkpoint, prepare_expansion, read_expansion, verify_bytes
-from deepen.model import freeze_base, load
+from deepen.model import freeze_base, load, new_parameters, save_blocks
+from deepen.pipeline import training
+from deepen.pipeline.run import run_recipe
 
 TOKENS = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(0))
 # What each stage adds: copies of base blocks, of earlier new ones, at the bottom, and several in one place.
@@ -164,3 +171,76 @@ train: {{tokens: 64, batch_tokens: 32, learning_rate: 1e-3}}
     new = said["parameters"]["new"]
     assert new > 0
     assert said["parameters"]["trainable"] == new
+
+
+@pytest.fixture
+def second(tmp_path):
+    """A recipe of three steps on a base that is expanded and trained already."""
+    write_base(tmp_path / "first", dtype="bfloat16")
+    expand_checkpoint(tmp_path / "first", tmp_path / "base", blocks=2)
+    in_place(tmp_path / "base", new_indices(tmp_path / "base"))
+    return write_recipe(tmp_path, merge=True, expand={"blocks": 3}, train__tokens=3 * 128)
+
+
+def test_a_run_on_an_expanded_base(second, tmp_path):
+    earlier = read_expansion(tmp_path / "base")
+    result = run_recipe(load_recipe(second))
+    record = read_expansion(tmp_path / "run" / "blocks")
+    assert record.stage == 1
+    assert sorted(block.stage for block in record.new_blocks) == [0, 0, 1, 1, 1]
+    assert [record.layout.base_block(b.index) for b in record.new_blocks if b.stage == 0] == [
+        block.index for block in earlier.new_blocks
+    ]
+    # What trained and was saved is the new stage alone.
+    held = load_file(tmp_path / "run" / "blocks" / "blocks.safetensors")
+    assert {int(name.split(".")[2]) for name in held} == {b.index for b in record.latest_blocks}
+    assert result.parameters.trainable == sum(tensor.numel() for tensor in held.values())
+    assert any(bool(tensor.any()) for name, tensor in held.items() if name.endswith("o_proj.weight"))
+    # The earlier stage's blocks are audited with the rest of the base.
+    files = Checkpoint.open(tmp_path / "base")
+    assert result.audit.tensors == len(files.tensors)
+    assert result.audit.after == full_fingerprint(files)
+    assert read_expansion(tmp_path / "run" / "model").new_blocks == record.new_blocks
+    unmerge(tmp_path / "run" / "model", tmp_path / "again")
+    assert_same_files(tmp_path / "base", tmp_path / "again")
+
+
+def test_an_earlier_block_that_moves_fails_the_audit(second, tmp_path, monkeypatch):
+    honest = training.train
+    record = prepare_expansion(tmp_path / "base", blocks=3).expansion
+    old = [block.index for block in record.new_blocks if block.stage == 0]
+
+    def leaky(model, *arguments, **keywords):
+        honest(model, *arguments, **keywords)
+        with torch.no_grad():
+            model.model.layers[old[0]].mlp.up_proj.weight[0, 0] += 1
+
+    monkeypatch.setattr(training, "train", leaky)
+    with pytest.raises(CheckFailed, match="a base tensor changed"):
+        run_recipe(load_recipe(second))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_stage_on_blocks_that_trained_in_fp32(tmp_path, wide, rounded):
+    base = write_tiny_llama(tmp_path / "base", dtype="bfloat16")
+    model = load(base, dtype=torch.float32 if wide else None)
+    deepen.insert_blocks(model, deepen.plan_layout(4, blocks=2))
+    for parameter in new_parameters(model).values():
+        moved = parameter.detach().float() + 0.05 * torch.randn(parameter.shape)
+        parameter.data = moved.bfloat16().float() if rounded else moved
+    save_blocks(model, tmp_path / "one")
+    merge_pack(base, tmp_path / "one", tmp_path / "merged")
+    deepen.insert_blocks(model, deepen.plan_layout(6, after=[2, 5]))
+    for parameter in new_parameters(model).values():
+        parameter.data = (parameter.detach() + 0.05).bfloat16().to(parameter.dtype)
+    save_blocks(model, tmp_path / "two")
+    if not rounded:
+        # The blocks below the new stage were others than those that were saved.
+        with pytest.raises(PackError, match="fingerprint"):
+            merge_pack(tmp_path / "merged", tmp_path / "two", tmp_path / "both")
+        return
+    merge_pack(tmp_path / "merged", tmp_path / "two", tmp_path / "both")
+    both = load(tmp_path / "both", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(both(TOKENS).logits, model.float().eval()(TOKENS).logits)

@@ -336,6 +336,25 @@ def test_every_tower_has_a_model() -> None:
         assert config.text_config.model_type == tower["text"], model_type
 
 
+@pytest.mark.parametrize("text", [None, False, True])
+@pytest.mark.parametrize("whole", [None, False, True])
+@pytest.mark.parametrize("model_type", load_towers())
+def test_who_says_that_the_embeddings_are_tied(
+    model_type: str, whole: bool | None, text: bool | None
+) -> None:
+    tower, inner, config = load_towers()[model_type], {}, {"model_type": model_type}
+    if text is not None:
+        inner["tie_word_embeddings"] = text
+    if whole is not None:
+        config["tie_word_embeddings"] = whole
+    configs = [config | {"text_config": inner | {"model_type": tower["text"]}}]
+    if tower.get("flat"):
+        configs.append(config | {"hidden_size": 16})
+    for each in configs:
+        real = transformers.AutoConfig.for_model(**each)
+        assert family_for(each).is_tied(each) == real.tie_word_embeddings
+
+
 def test_what_is_refused_by_name_is_real() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

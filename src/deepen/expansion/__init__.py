@@ -17,6 +17,7 @@ from deepen.expansion.base_files import (
     restored_file,
 )
 from deepen.expansion.carry import carried_files, carry
+from deepen.expansion.config_json import expand_config
 from deepen.expansion.expand import (
     ExpandResult,
     PreparedCheckpoint,
@@ -33,12 +34,6 @@ from deepen.expansion.manifest import (
     Files,
     Fingerprint,
     NewBlockRecord,
-    base_name,
-    describe_expansion,
-    earlier_stages,
-    expand_config,
-    moved_block,
-    previous_expansion,
     read_expansion,
 )
 from deepen.expansion.plan import (
@@ -54,7 +49,14 @@ from deepen.expansion.plan import (
     open_base,
     plan_files,
 )
-from deepen.expansion.stages import with_blocks
+from deepen.expansion.stages import (
+    base_name,
+    describe_expansion,
+    earlier_stages,
+    moved_block,
+    previous_expansion,
+    with_blocks,
+)
 from deepen.expansion.verify import Verification, verify_bytes
 
 __all__ = [

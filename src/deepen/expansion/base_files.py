@@ -15,17 +15,11 @@ from typing import Any, Final
 
 from deepen.checkpoint import CONFIG, INDEX, ITEM_BYTES, Checkpoint, Shard, write_header
 from deepen.expansion.carry import carried_files
+from deepen.expansion.config_json import reordered_config
 from deepen.expansion.layout import Layout
-from deepen.expansion.manifest import (
-    MANIFEST_NAME,
-    Expansion,
-    FileRecord,
-    Files,
-    base_name,
-    previous_expansion,
-    reordered_config,
-)
+from deepen.expansion.manifest import MANIFEST_NAME, Expansion, FileRecord, Files
 from deepen.expansion.plan import Base, Copy, Plan, PlannedFile, PlannedTensor, plan_files
+from deepen.expansion.stages import base_name, previous_expansion
 from deepen.families import Family
 
 _DIGEST_BYTES: Final = 16

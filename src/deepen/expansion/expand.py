@@ -12,16 +12,9 @@ from deepen.checkpoint import CONFIG, atomic_directory, check_free, fast_fingerp
 from deepen.expansion.apply import Progress, check_space, write_weights
 from deepen.expansion.base_files import record_base_files
 from deepen.expansion.carry import carried_files, carry
+from deepen.expansion.config_json import expand_config
 from deepen.expansion.layout import Layout, Placement, plan_layout
-from deepen.expansion.manifest import (
-    MANIFEST_NAME,
-    Expansion,
-    Fingerprint,
-    NewBlockRecord,
-    describe_expansion,
-    earlier_stages,
-    expand_config,
-)
+from deepen.expansion.manifest import MANIFEST_NAME, Expansion, Fingerprint, NewBlockRecord
 from deepen.expansion.plan import (
     Base,
     Plan,
@@ -31,6 +24,7 @@ from deepen.expansion.plan import (
     open_base,
     plan_files,
 )
+from deepen.expansion.stages import describe_expansion, earlier_stages
 
 logger = logging.getLogger("deepen")
 

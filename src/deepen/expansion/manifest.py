@@ -1,7 +1,7 @@
 """`expansion.json`: the one record of which blocks are new."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -18,7 +18,6 @@ from pydantic import (
 from deepen.checkpoint import contained
 from deepen.errors import CheckpointError
 from deepen.expansion.layout import Layout, NewBlock
-from deepen.families import Family, renumbered_modules
 
 MANIFEST_NAME: Final = "expansion.json"
 FORMAT_VERSION: Final = 1
@@ -188,123 +187,6 @@ def _peeled(places: Mapping[int, NewBlockRecord], stage: int, base_blocks: int) 
     if not below or any(index >= base_blocks for index in rest):
         raise ValueError(f"the blocks of stage {stage} do not fit a base of {base_blocks} blocks")
     return rest
-
-
-def describe_expansion(
-    layout: Layout,
-    family: Family,
-    block_tensors: Mapping[int, tuple[str, ...]],
-    base: str,
-    fingerprint: Fingerprint,
-    previous: Expansion | None = None,
-) -> Expansion:
-    """Build the record of a fresh expansion.
-
-    Args:
-        layout: which block goes where.
-        family: says which tensors are residual writes.
-        block_tensors: names inside each base block, by base block index.
-        base: name or path of the base.
-        fingerprint: the base's.
-        previous: the base's own record, if it was expanded before.
-    """
-    earlier = earlier_stages(previous)
-    records = [
-        NewBlockRecord(
-            index=block.index,
-            after=block.after,
-            copy_of=block.copy_of,
-            filled={
-                family.join(block.index, name): float(value)
-                for name in block_tensors[block.copy_of]
-                if (value := family.fill(name)) is not None
-            },
-            stage=len(earlier),
-        )
-        for block in layout.new_blocks
-    ]
-    kept = previous.new_blocks if previous else ()
-    records += [moved_block(block, layout.position(block.index), family) for block in kept]
-    return Expansion(
-        base=base,
-        base_fingerprint=fingerprint,
-        family=family.name,
-        base_blocks=layout.base_blocks,
-        new_blocks=tuple(sorted(records, key=lambda record: record.index)),
-        earlier=earlier,
-    )
-
-
-def previous_expansion(expansion: Expansion, family: Family) -> Expansion | None:
-    """Return the record of the base itself, where that was expanded before."""
-    if not expansion.earlier:
-        return None
-    *earlier, last = expansion.earlier
-    kept = []
-    for block in expansion.new_blocks:
-        position = expansion.layout.base_block(block.index)
-        if position is not None:
-            kept.append(moved_block(block, position, family))
-    return Expansion(
-        **{key: getattr(last, key) for key in EarlierStage.model_fields},
-        family=expansion.family,
-        new_blocks=tuple(kept),
-        earlier=tuple(earlier),
-    )
-
-
-def earlier_stages(previous: Expansion | None) -> tuple[EarlierStage, ...]:
-    """Return the stages before the expansion of a base with this record."""
-    if previous is None:
-        return ()
-    last = {key: getattr(previous, key) for key in EarlierStage.model_fields}
-    return (*previous.earlier, EarlierStage(**last))
-
-
-def moved_block(block: NewBlockRecord, index: int, family: Family) -> NewBlockRecord:
-    """Give a block of an earlier stage another index, and its tensors the names that go with it."""
-    filled = {}
-    for name, value in block.filled.items():
-        place = family.split(name)
-        filled[family.join(index, place[1]) if place else name] = value
-    return block.model_copy(update={"index": index, "filled": filled})
-
-
-def base_name(expansion: Expansion, family: Family, name: str) -> str | None:
-    """Return what tensor `name` of the expanded model is called in the base; None for a new block's."""
-    place = family.split(name)
-    if place is None:
-        return name
-    block = expansion.layout.base_block(place[0])
-    return None if block is None else family.join(block, place[1])
-
-
-def expand_config(config: Mapping[str, Any], family: Family, layout: Layout) -> dict[str, Any]:
-    """Return the `config.json` of the expanded model: its depth, and all that depends on block numbers.
-
-    Raises:
-        CheckpointError: a per-layer list has not one entry a block.
-        LayoutError: the config has no words for the kinds of blocks in this order.
-    """
-    return reordered_config(config, family, layout.base_blocks, layout.origins)
-
-
-def reordered_config(
-    config: Mapping[str, Any], family: Family, depth: int, origins: Sequence[int]
-) -> dict[str, Any]:
-    """Return the `config.json` of a model whose block j is block `origins[j]` of a model of `depth` blocks.
-
-    Raises:
-        CheckpointError: a per-layer list has not one entry a block.
-        LayoutError: the config has no words for the kinds of blocks in this order.
-    """
-    text = family.text_config(config)
-    changed = family.per_layer.reorder(text, depth, origins)
-    changed |= renumbered_modules(text, family, depth, origins)
-    reordered = {**text, family.depth_key: len(origins), **changed}
-    if not family.section:
-        return reordered
-    return {**config, **renumbered_modules(config, family, depth, origins), family.section: reordered}
 
 
 def read_expansion(directory: Path) -> Expansion:

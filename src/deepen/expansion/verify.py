@@ -20,8 +20,10 @@ from deepen.checkpoint import (
     workers,
 )
 from deepen.expansion.apply import Progress, fill_bytes
-from deepen.expansion.manifest import Expansion, describe_expansion, expand_config, read_expansion
+from deepen.expansion.config_json import expand_config
+from deepen.expansion.manifest import Expansion, read_expansion
 from deepen.expansion.plan import Base, Copy, Fill, PlannedTensor, expanded_tensors, open_base
+from deepen.expansion.stages import describe_expansion
 
 Read = Callable[[int, int], bytes]
 

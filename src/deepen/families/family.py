@@ -69,6 +69,7 @@ class Family:
         outside_optional: tensors outside the blocks that some checkpoints have.
         tied: tensor -> the tensor it repeats when embeddings are tied.
         tied_by_default: whether they are tied where the config does not say.
+        section_ties: the same of the config in `section`; None where that has no say.
         refusals: config values with which it cannot be expanded.
     """
 
@@ -90,6 +91,7 @@ class Family:
     outside_optional: tuple[str, ...]
     tied: Mapping[str, str]
     tied_by_default: bool
+    section_ties: bool | None = None
     refusals: tuple[Refusal, ...]
 
     @property
@@ -132,10 +134,16 @@ class Family:
         return found
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
-        """Return whether head and embeddings are one matrix."""
-        said = (part.get("tie_word_embeddings") for part in (self.text_config(config), config))
-        known = [bool(tied) for tied in said if tied is not None]
-        return any(known) if known else self.tied_by_default
+        """Return whether head and embeddings are one matrix, as transformers has it.
+
+        It asks the whole config. Some models of several towers once had the value in their text config, and
+        are tied if either says so.
+        """
+        if _said(config, "tie_word_embeddings", self.tied_by_default):
+            return True
+        if self.section_ties is None:
+            return False
+        return _said(self.text_config(config), "tie_word_embeddings", self.section_ties)
 
     def in_dialect(self, prefix: str, head: str) -> "Family":
         """Return the family with other prefixes before the names of the base model and of the head."""
@@ -240,11 +248,22 @@ def _family_of(config: Mapping[str, Any]) -> Family | None:
     tower = load_towers().get(model_type) if isinstance(model_type, str) else None
     if tower is None:
         return _by_model_type(model_type)
-    if isinstance(text := config.get("text_config"), Mapping):
-        family = _by_model_type(text.get("model_type", tower["text"]))
-        return family and replace(family, tower=True, section="text_config")
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        family = _by_model_type(inner.get("model_type", tower["text"]))
+        return family and _as_tower(family, tower, "text_config")
     family = _by_model_type(tower["text"]) if tower.get("flat") else None
-    return family and replace(family, tower=True)
+    return family and _as_tower(family, tower, None)
+
+
+def _as_tower(family: Family, tower: Mapping[str, Any], section: str | None) -> Family:
+    return replace(
+        family,
+        tower=True,
+        section=section,
+        tied_by_default=tower["tied_by_default"],
+        section_ties=family.tied_by_default if section and tower.get("text_may_tie") else None,
+    )
 
 
 def _by_model_type(model_type: Any) -> Family | None:
@@ -254,6 +273,11 @@ def _by_model_type(model_type: Any) -> Family | None:
         if own.is_file() and model_type in (family := _load(own.name)).model_types:
             return family
     return next((f for f in load_families() if model_type in f.model_types), None)
+
+
+def _said(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key)
+    return default if value is None else bool(value)
 
 
 def _parts(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

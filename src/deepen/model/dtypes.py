@@ -8,7 +8,9 @@ from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint
 from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
-from deepen.model.names import file_names
+from deepen.expansion.stages import previous_expansion
+from deepen.families import Family
+from deepen.model.names import FileNames, State, file_names
 from deepen.model.record import expansion_of, new_tensors
 
 FLOAT_NAMES: Final[Mapping[torch.dtype, str]] = {
@@ -37,23 +39,44 @@ def file_dtypes(model: PreTrainedModel, files: Checkpoint) -> dict[str, torch.dt
 
     Args:
         model: an expanded model.
-        files: its base's, which hold the tensor it copies, or an expanded checkpoint's.
+        files: its base's, or the base's base's, which hold the tensor it copies, or an expanded checkpoint's.
     """
-    expansion, names = expansion_of(model), file_names(model, files)
-    held = _expansion_in(files)
+    return written_dtypes(expansion_of(model), file_names(model, files), files, new_tensors(model))
+
+
+def written_dtypes(
+    expansion: Expansion, names: FileNames, files: Checkpoint, tensors: State
+) -> dict[str, torch.dtype]:
+    """Return tensor, by its name in files -> the precision in which files hold it, or what it copies.
+
+    Args:
+        expansion: the model's record.
+        names: how its tensors are called.
+        files: a checkpoint of this stage, or of an earlier one's base.
+        tensors: live name -> tensor.
+    """
+    held, dtypes = _expansion_in(files), {}
     same = held is not None and held.portable == expansion.portable
-    origins, dtypes = expansion.layout.origins, {}
-    for name in names.of(new_tensors(model)):
+    origins = _origins(expansion, names.family, held)
+    for name in names.of(tensors):
         place = names.family.split(name)
-        if place is None:
-            continue
-        origin = origins[place[0]]
-        if held and held.stage == expansion.stage:
-            origin = held.layout.position(origin)
-        source = files.tensors.get(name if same else names.family.join(origin, place[1]))
+        origin = name if same or place is None else names.family.join(origins[place[0]], place[1])
+        source = files.tensors.get(origin)
         if source is not None and source.dtype in _FLOATS:
             dtypes[name] = DTYPES[source.dtype]
     return dtypes
+
+
+def _origins(expansion: Expansion, family: Family, held: Expansion | None) -> list[int]:
+    """Return for each block the block it is or copies in files with the record `held`, None of a base."""
+    origins, stage = list(expansion.layout.origins), held.stage if held else -1
+    if held and stage == expansion.stage:
+        return [held.layout.position(origin) for origin in origins]
+    below = previous_expansion(expansion, family)
+    while below and below.stage > stage:
+        origins = [below.layout.origins[origin] for origin in origins]
+        below = previous_expansion(below, family)
+    return origins
 
 
 def parameter_dtypes(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from deepen.checkpoint import Checkpoint, combine_digests, fast_fingerprint, tensor_digest, workers
 from deepen.errors import PackError
 from deepen.expansion.layout import Layout
-from deepen.model.dtypes import DTYPE_NAMES, DTYPES
+from deepen.model.dtypes import DTYPE_NAMES, DTYPES, written_dtypes
 from deepen.model.names import FileNames, file_names
 from deepen.model.record import find_expansion
 from deepen.model.source import source_checkpoint
@@ -41,12 +41,23 @@ def live_fingerprint(model: PreTrainedModel) -> str:
     """Return the fast fingerprint of a live model as it stands, new blocks and all.
 
     The model may be held in another precision than its files, and lack tensors of theirs that it computes
-    itself: then the files' counts, if the model still is them.
+    itself: then the files' counts, if the model still is them. Of a model expanded since, that of the files
+    in which its pack would be merged, unless what its blocks have learned would be rounded there.
     """
     files = source_checkpoint(model)
     if files and _equals(_parts(model, None, repeated=False), files):
         return fast_fingerprint(files)
-    return _fingerprint(_parts(model, None, repeated=False), "fast", None)
+    return _fingerprint(_parts(model, None, repeated=False), "fast", _merged_dtypes(model, files))
+
+
+def _merged_dtypes(model: PreTrainedModel, files: Checkpoint | None) -> dict[str, str] | None:
+    expansion = find_expansion(model)
+    if expansion is None or files is None:
+        return None
+    held = {n: t.dtype for part in _parts(model, None, repeated=False) for n, t in part.items()}
+    state = _without_adapters(model.state_dict())
+    written = written_dtypes(expansion, file_names(model, files), files, state)
+    return {name: DTYPE_NAMES[written.get(name, dtype)] for name, dtype in held.items()}
 
 
 def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str, torch.Tensor]:

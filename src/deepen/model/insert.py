@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from deepen.errors import FamilyError, LayoutError
 from deepen.expansion.layout import Layout
-from deepen.expansion.manifest import Fingerprint, describe_expansion
+from deepen.expansion.manifest import Fingerprint
+from deepen.expansion.stages import describe_expansion
 from deepen.families import Family
 from deepen.families.names import generic
 from deepen.model.dtypes import FLOAT_NAMES

@@ -14,12 +14,8 @@ from deepen.blocks.merge import single_pack
 from deepen.errors import PackError
 from deepen.expansion import with_blocks
 from deepen.expansion.layout import Layout, NewBlock
-from deepen.expansion.manifest import (
-    MANIFEST_NAME,
-    Expansion,
-    previous_expansion,
-    read_expansion,
-)
+from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
+from deepen.expansion.stages import previous_expansion
 from deepen.model.names import file_names
 from deepen.model.source import source_directory
 from deepen.model.structure import blocks_of, depth_config, family_of, install_blocks, reordered_config
