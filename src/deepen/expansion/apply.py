@@ -192,8 +192,7 @@ def _writing_back(target: int) -> Iterator[Callable[[int, int], None]]:
 
         def begin(position: int, count: int) -> None:
             if call := _sync_file_range():
-                span = ctypes.c_int64(position), ctypes.c_int64(count)
-                disk.submit(call, target, *span, _BEGIN_WRITE)
+                disk.submit(call, target, ctypes.c_int64(position), ctypes.c_int64(count), _BEGIN_WRITE)
 
         try:
             yield begin
