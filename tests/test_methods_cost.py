@@ -25,7 +25,7 @@ OWN, SEEN = 2 * 2 * LENGTH * WIDTH * WIDTH, 2 * COUNT * LENGTH * WIDTH
 
 
 def lora_flops():
-    """Forward, gradient of the input and of the weight of both matrices; the first queries need no input's."""
+    """Forward, gradient of the input and of the weight of both matrices, but for that of the first input."""
     first = 3 * SQUARE + 3 * 2 * COUNT * RANK * WIDTH
     return BLOCKS * (2 * UNIT + 3 * SMALL) - first
 

@@ -1,4 +1,4 @@
-"""`full` and `lora` end where transformers' Trainer ends (and peft under it) on the same data in the same order."""
+"""`full` and `lora` end where transformers' Trainer, and peft under it, end on the same batches."""
 
 import numpy as np
 import pytest
