@@ -1,4 +1,4 @@
-"""Real `torchrun` processes on gloo: the same numbers and files whatever the method and the world size."""
+"""Real processes on gloo: the same numbers and files whatever the method and the world size."""
 
 import json
 import os
@@ -71,20 +71,16 @@ def copy_after_two_steps(finished, run):
     shutil.copytree(finished / "checkpoints" / "step-2", run / "checkpoints" / "step-2")
 
 
-def run_by_two(recipes):
-    """Run them in one pair of processes; the last thing these are asked is what cannot be."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = Path(__file__).with_name("many_runs.py")
-    done = subprocess.run(
-        [*launch, program, *recipes],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+def process(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=600, env=environment
     )
-    for recipe in recipes:
-        assert (recipe.with_suffix("") / "result.json").exists(), done.stderr
-    return done
+
+
+def run_by_two(recipes):
+    done = process(Path(__file__).with_name("many_runs.py"), *recipes)
+    assert done.returncode == 0, done.stderr
 
 
 def run_by_one(recipe):
@@ -98,21 +94,19 @@ def runs(tmp_path_factory):
     write_base(root / "base")
     for method in METHODS:
         run_by_one(recipe_of(root, method, "one"))
-    return root, run_by_two([recipe_of(root, method, route) for method in METHODS for route in ROUTES])
+    run_by_two([recipe_of(root, method, route) for method in METHODS for route in ROUTES])
+    return root
 
 
 @pytest.fixture(scope="module")
 def more_runs(runs):
-    root, _ = runs
-    for routes in (["ddp"], MORE_ROUTES[1:]):
-        asked = [(method, route) for method in METHODS for route in routes]
-        recipes = {route: [] for route in routes}
-        for method, route in asked:
-            recipes[route].append(recipe_of(root, method, route))
-        run_by_two([path for route, paths in recipes.items() if not route.endswith("one") for path in paths])
-        for path in recipes.get("fsdp-to-one", []):
-            run_by_one(path)
-    return root
+    for routes in (["ddp"], [route for route in MORE_ROUTES if route != "ddp"]):
+        recipes = {(method, route): recipe_of(runs, method, route) for method in METHODS for route in routes}
+        run_by_two([path for (_, route), path in recipes.items() if not route.endswith("one")])
+        for (_, route), path in recipes.items():
+            if route.endswith("one"):
+                run_by_one(path)
+    return runs
 
 
 def losses(directory):
@@ -141,7 +135,7 @@ def check_same(root, method, route):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_two_processes_do_what_one_does(runs, method, route):
-    check_same(runs[0], method, route)
+    check_same(runs, method, route)
 
 
 @pytest.mark.slow
@@ -157,8 +151,22 @@ def test_a_run_goes_on_in_any_other_world(more_runs, method, route):
         assert all(tensor.equal(wanted[name]) for name, tensor in tensors.items())
 
 
+def torchrun(*command):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "deepen", "run"]
+    return process(*launch, *command)
+
+
+@pytest.mark.slow
+def test_torchrun_says_as_much(runs):
+    out = runs / "blocks-torchrun"
+    done = torchrun(str(runs / "blocks-fsdp.yaml"), "--set", f"output={out}")
+    assert done.returncode == 0, done.stderr
+    check_same(runs, "blocks", "torchrun")
+
+
 def test_bad_input_is_said_once(runs):
-    root, done = runs
+    recipe, out = str(runs / "blocks-fsdp.yaml"), runs / "none"
+    done = torchrun(recipe, "--set", "train.device=cuda:7", "--set", f"output={out}")
     assert done.returncode != 0
     assert done.stderr.count("train.device") == 1
-    assert not (root / "none").exists()
+    assert not out.exists()
