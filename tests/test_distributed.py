@@ -35,7 +35,12 @@ METHODS = {
     "moe": {},
     "scale": {},
     "prompt": {},
-    "in one pass": {"train__method": "blocks", "train__micro_batch": 8},
+    "one pass": {"train__method": "blocks", "train__micro_batch": 8},
+}
+# Frozen weights in bf16 beside trained ones in fp32, in one group of FSDP.
+NARROW = {
+    f"{method} in bf16": {"train__method": method, "train__precision": "bf16", "base": "narrow"}
+    for method in ("blocks", "full", "lora", "moe", "scale", "prompt")
 }
 # Where a run trains; BEFORE-to-WORLD: its first two steps were done in another world.
 ROUTES = ["fsdp", "one-to-ddp"]
@@ -52,7 +57,8 @@ MORE_ROUTES = [
 
 def recipe_of(root, method, route):
     world = route.rpartition("-")[2]
-    changes = SETTINGS | {"train__method": method} | METHODS[method]
+    changes = SETTINGS | {"train__method": method} | (METHODS | NARROW)[method]
+    changes["base"] = str(root / changes.get("base", "base"))
     if world != "one":
         changes["train__parallel"] = world
     if changes["train__method"] != "blocks":
@@ -100,6 +106,10 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def more_runs(runs):
+    write_base(runs / "narrow", dtype="bfloat16")
+    for method in NARROW:
+        run_by_one(recipe_of(runs, method, "one"))
+    run_by_two([recipe_of(runs, method, "fsdp") for method in NARROW])
     for routes in (["ddp"], [route for route in MORE_ROUTES if route != "ddp"]):
         recipes = {(method, route): recipe_of(runs, method, route) for method in METHODS for route in routes}
         run_by_two([path for (_, route), path in recipes.items() if not route.endswith("one")])
@@ -162,6 +172,15 @@ def test_torchrun_says_as_much(runs):
     done = torchrun(str(runs / "blocks-fsdp.yaml"), "--set", f"output={out}")
     assert done.returncode == 0, done.stderr
     check_same(runs, "blocks", "torchrun")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", NARROW)
+def test_shards_of_two_precisions(more_runs, method):
+    many, one = (losses(more_runs / f"{method}-{route}") for route in ("fsdp", "one"))
+    assert many == pytest.approx(one, abs=5e-3)
+    assert many[-1] < many[0] - 0.05
 
 
 def test_bad_input_is_said_once(runs):
