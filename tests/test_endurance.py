@@ -1,11 +1,11 @@
 """What a run survives: a damaged or incomplete checkpoint, a full disk; and what it reads when it goes on."""
 
-import json
 import resource
 import shutil
 from contextlib import contextmanager
 
 import pytest
+from test_kill_training import lines
 from tiny_run import write_base, write_recipe
 
 from deepen.cli import main
@@ -13,8 +13,6 @@ from deepen.config import load_recipe
 from deepen.data.batches import Mixture
 from deepen.pipeline.reporter import Silent
 from deepen.pipeline.run import run_recipe
-
-TIMES = {"seconds", "tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +39,6 @@ class Notes(Silent):
 
     def note(self, text):
         self.lines.append(text)
-
-
-def lines(run):
-    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read]
 
 
 def check_same(run, undisturbed):
