@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_endurance import files_of_at_most
 from test_model_insert import logits, plain
 
 from deepen.checkpoint import Checkpoint
 from deepen.config import parse_recipe
-from deepen.errors import RecipeError
+from deepen.errors import OutputError, RecipeError
 from deepen.methods import build_method
 from deepen.model import base_fingerprint
 from deepen.training.loss import summed_loss
@@ -99,6 +100,16 @@ def test_an_adapter_is_one_of_pefts(tiny_llama, tmp_path):
     modules = set(settings["target_modules"])
     assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {path.stat().st_mode & 0o777 for path in adapter.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_full_disk_is_a_message(tiny_llama, tmp_path, name):
+    base = tiny_llama()
+    model, method = plain(base), method_of(name)
+    method.prepare(model)
+    with files_of_at_most(500), pytest.raises(OutputError, match=r"cannot be written|left behind"):
+        method.save(model, tmp_path / "run", Checkpoint.open(base))
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_frozen_blocks_are_those_that_new_ones_would_copy(tiny_llama):

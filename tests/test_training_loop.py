@@ -172,9 +172,11 @@ def test_a_request_to_stop_saves_first(checkpoint):
     assert stopped.value.exit_code == 130
 
 
-def test_resumed_training_ends_on_the_same_bits(checkpoint, tmp_path):
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_resumed_training_ends_on_the_same_bits(checkpoint, tmp_path, micro_batch):
+    chosen = settings(steps=6, checkpoint_every=3, micro_batch=micro_batch)
     straight, parameters = expanded(checkpoint)
-    run(straight, parameters, settings(steps=6))
+    reports = run(straight, parameters, chosen)
 
     first, kept = expanded(checkpoint)
     optimizer = optimizer_of(kept)
@@ -185,14 +187,16 @@ def test_resumed_training_ends_on_the_same_bits(checkpoint, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(first, kept, optimizer, batch_at, settings(steps=6, checkpoint_every=3), hooks(save=save))
+        train(first, kept, optimizer, batch_at, chosen, hooks(save=save))
 
     second, again = expanded(checkpoint)
     optimizer = optimizer_of(again)
     saved, damaged = newest_checkpoint(tmp_path)
     assert (saved.step, damaged) == (3, [])
     restore_checkpoint(saved, again, optimizer, identity={"data": "x"})
-    train(second, again, optimizer, batch_at, settings(steps=6), hooks(), first_step=3)
+    later = []
+    train(second, again, optimizer, batch_at, chosen, hooks(log=later.append), first_step=3)
+    assert [report.loss for report in later] == [report.loss for report in reports[3:]]
     for name, parameter in parameters.items():
         assert torch.equal(parameter, again[name]), name
 

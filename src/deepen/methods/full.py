@@ -29,7 +29,8 @@ class Full:
     def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
         """Those of the base's tensors."""
         held = {name: DTYPES[tensor.dtype] for name, tensor in base.tensors.items() if tensor.dtype in DTYPES}
-        return parameter_dtypes(model, held, dict(model.named_parameters()))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return parameter_dtypes(model, held, trained)
 
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write `model/`: the base's directory with trained tensors, each in the base's own precision.

@@ -3,11 +3,13 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint, atomic_directory
 from deepen.config import LoraSection
+from deepen.errors import OutputError
 from deepen.expansion import Progress
 from deepen.methods.full import Full
 from deepen.methods.method import nearest, widen
@@ -55,7 +57,10 @@ class Lora:
         """Write `adapter/`, in peft's format."""
         target = run / ADAPTER
         with atomic_directory(target, overwrite=True, inside=(base.directory,)) as staged:
-            model.save_pretrained(staged)
+            try:
+                model.save_pretrained(staged)
+            except (OSError, SafetensorError) as error:
+                raise OutputError(f"{target}: cannot be written: {error}") from None
             for file in staged.iterdir():
                 file.chmod(staged.stat().st_mode & 0o666)  # the library's writer leaves 0600
         return target

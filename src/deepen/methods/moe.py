@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +37,10 @@ class Moe(Full):
             for parent, name, linear in _outputs(block, family, index):
                 setattr(parent, name, TwoExperts(linear))
         return widen({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+    def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
+        """Nothing is rounded before the two experts are one matrix."""
+        return {}
 
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write `model/`, with the two experts of each block as one matrix; so they stay in memory too."""

@@ -48,7 +48,11 @@ class Prompt:
                 get_peft_model(model, config)  # in place: the model's own attention modules are wrapped
         except ValueError as error:
             raise TrainingError(f"train.method: prompt: {error}") from None
-        return widen({name: p for name, p in model.named_parameters() if p.requires_grad})
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            if name.endswith("adaption_prompt"):  # drawn on the CPU in fp32: the same on any device
+                parameter.data = torch.randn(parameter.shape).to(parameter.device)
+        return widen(trained)
 
     def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
         """Nothing is rounded: an adapter is saved in fp32."""

@@ -75,6 +75,7 @@ def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype
         insert_blocks(model, plan.layout, base=plan.recipe.base, fingerprint=fingerprint)
     if plan.recipe.data.document_masks:
         check_document_masks(model)
+    torch.manual_seed(plan.recipe.train.seed)  # adapters begin as random numbers, the same in all processes
     parameters = method.prepare(model)
     identity = _prove_identity(plan, before, _probe(model, autocast)) if before else None
     return Trainee(

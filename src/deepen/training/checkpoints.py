@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from deepen.checkpoint import atomic_directory, write_file
-from deepen.errors import TrainingError
+from deepen.errors import OutputError, TrainingError
 from deepen.model.tensors import save_tensors
 from deepen.training.optimizer import optimizer_tensors, restore_optimizer
 from deepen.training.parallel import placed_like, share, whole
@@ -58,6 +58,9 @@ def save_checkpoint(
         identity: settings that a resumed run must share, checked by `restore_checkpoint`.
         keep: checkpoints to keep.
         world: the processes of the run, each of which calls this; the first one writes.
+
+    Raises:
+        OutputError: the disk refuses it; the checkpoints before are as they were.
     """
     world = world or World()
     trained = whole(parameters, world)
@@ -75,16 +78,19 @@ def _write(
 ) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"step-{step}"
-    with atomic_directory(target, overwrite=True) as staged:
-        save_tensors(staged / "trainable.safetensors", trained)
-        save_tensors(staged / "optimizer.safetensors", state)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "identity": dict(identity),
-            "files": {file.name: _description(file) for file in sorted(staged.iterdir())},
-        }
-        write_file(staged / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    head = {"format_version": FORMAT_VERSION, "step": step, "identity": dict(identity)}
+    try:
+        with atomic_directory(target, overwrite=True) as staged:
+            save_tensors(staged / "trainable.safetensors", trained)
+            save_tensors(staged / "optimizer.safetensors", state)
+            files = {file.name: _description(file) for file in sorted(staged.iterdir())}
+            write_file(staged / "manifest.json", json.dumps(head | {"files": files}, indent=1) + "\n")
+    except OutputError as error:
+        reason = str(error).rpartition(": ")[2]  # the file it names is the temporary directory's
+        raise OutputError(
+            f"{target}: cannot be written: {reason}; the checkpoints before it are intact\n"
+            "make room, then continue with --resume"
+        ) from None
     found = _by_step(root)
     kept = [saved for saved in found if saved.step <= step][:keep]
     for saved in found:
