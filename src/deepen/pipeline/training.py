@@ -135,7 +135,7 @@ def _window_names(plan: RunPlan, mixture: Mixture) -> Callable[[int, int], str]:
 def _gauge(plan: RunPlan, trainee: Trainee, world: World) -> Gauge:
     """Count what a step computes, and measure what the devices attain where the run is long enough for it."""
     device = trainee.model.device
-    blocks = blocks_of(trainee.model, plan.base.family)
+    blocks = list(blocks_of(trainee.model, plan.base.family))
     cost = count_flops(trainee.root, trainee.model, blocks, plan.recipe.data.sequence_length)
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time

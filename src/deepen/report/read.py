@@ -110,10 +110,14 @@ class RunReport:
         )
 
     @property
+    def base(self) -> str:
+        """The base's path or hub id."""
+        return self.outcome.base if self.outcome else self.recipe.base
+
+    @property
     def base_name(self) -> str:
         """Last part of the base's path or hub id."""
-        base = self.outcome.base if self.outcome else self.recipe.base
-        return base.rstrip("/").rsplit("/", 1)[-1]
+        return self.base.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def sources(self) -> str:

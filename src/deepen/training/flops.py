@@ -2,9 +2,9 @@
 
 A weight matrix of n elements costs 2 n FLOPs for each token that passes it: once forward; once for the
 gradient of its input, where anything before it trains; once for its own gradient, where it trains; once more
-forward, where its block is computed again in the backward pass (of a block's last matrix only the input is).
-So a block below the first that trains costs 1 u, with u = 2 n over its matrices, a frozen one above it 2 u,
-one that trains 3 u, a frozen head 2 h. Causal attention over S tokens costs a = S × heads × (width of a key +
+forward, where its block is computed again in the backward pass, unless nothing is stored behind it. So a
+block below the first that trains costs 1 u, with u = 2 n over its matrices, a frozen one above it 2 u, one
+that trains 3 u, a frozen head 2 h. Causal attention over S tokens costs a = S × heads × (width of a key +
 width of a value) forward, half the square of all pairs, and 2.5 a for its gradient, in which a fused kernel
 computes the scores again.
 
@@ -13,8 +13,8 @@ dequantisation of quantised weights, what adapters compute once a pass, and the 
 attention cheaper than this.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
@@ -83,45 +83,61 @@ class _Product:
 
 
 class _Probe:
-    """What a pass through a model computes: the products of each block, and whether gradients pass it."""
+    """What a pass through a model computes.
+
+    Attributes:
+        products: of each block, in order.
+        outside: those between and after the blocks.
+        differentiated: whether the gradient passes a block.
+        again: FLOPs of computing a block again: it ends with the last tensor that is stored for a gradient.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.products: list[list[_Product]] = [[] for _ in blocks]
         self.outside: list[_Product] = []
         self.differentiated = [False] * len(blocks)
-        self._here = self.outside
+        self.again = [0.0] * len(blocks)
+        self._here, self._block, self._done = self.outside, -1, 0.0
 
     def watch(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[RemovableHandle]:
         """Hook a model whose blocks these are."""
         for index, block in enumerate(blocks):
             yield block.register_forward_pre_hook(self._entering(index), prepend=True)
-            yield block.register_forward_hook(self._leaving(index))
+            yield block.register_forward_hook(self._leave)
         for module in model.modules():
             if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
                 yield module.register_forward_pre_hook(self._multiply, with_kwargs=True)
+                yield module.register_forward_hook(self._finish)
+
+    def store(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Note that autograd stores a tensor."""
+        if self._block >= 0:
+            self.again[self._block] = self._done
+        return tensor
 
     def _entering(self, index: int) -> Callable[..., None]:
         def enter(*_: Any) -> None:
-            self._here = self.products[index]
+            self._here, self._block, self._done = self.products[index], index, 0.0
 
         return enter
 
-    def _leaving(self, index: int) -> Callable[..., None]:
-        def leave(_: nn.Module, __: Any, states: Any) -> None:
-            first = states if isinstance(states, torch.Tensor) else states[0]
-            self.differentiated[index] = first.requires_grad
-            self._here = self.outside
-
-        return leave
+    def _leave(self, _: nn.Module, __: Any, states: Any) -> None:
+        first = states if isinstance(states, torch.Tensor) else states[0]
+        self.differentiated[self._block] = first.requires_grad
+        self._here, self._block = self.outside, -1
 
     def _multiply(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        tensors = [each for each in given if isinstance(each, torch.Tensor)]
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
         if not tensors:
             return
         rows = tensors[0].numel() // tensors[0].shape[-1]
         chosen = next((t.shape[-1] for t in tensors[1:] if not t.is_floating_point()), 1)
         self._here += _products(module, rows, tensors[0].requires_grad, chosen)
+        if {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
+            self._finish()  # more than a product: what it stores comes after it
+
+    def _finish(self, *_: Any) -> None:
+        self._done = sum(product.forward for product in self._here)
 
 
 def _products(module: nn.Module, rows: int, differentiated: bool, chosen: int) -> Iterator[_Product]:
@@ -138,7 +154,7 @@ def _products(module: nn.Module, rows: int, differentiated: bool, chosen: int) -
         yield _Product(forward, forward * (differentiated + parameter.requires_grad))
 
 
-def _matrices(module: nn.Module, chosen: int) -> list[tuple[int, nn.Parameter]]:
+def _matrices(module: nn.Module, chosen: int) -> list[tuple[int, torch.Tensor]]:
     """Return the matrices that a module multiplies with, and how many elements of each a token meets."""
     if isinstance(module, nn.Linear):  # a quantised weight has another shape
         return [(module.in_features * module.out_features, module.weight)]
@@ -162,16 +178,21 @@ def count_flops(
         length: tokens of a window.
     """
     short, long = (_probe(root, model, blocks, tokens) for tokens in (_SHORT, _LONG))
+
+    def per_token(few: float, many: float) -> float:
+        return (many - few) / (_LONG - _SHORT)
+
     below = rest = 0.0
     for index, block in enumerate(blocks):
-        again = bool(getattr(block, "gradient_checkpointing", False))
         attention = attention_flops(model, index, length)
-        linear = (_cost(long.products[index], again) - _cost(short.products[index], again)) / (_LONG - _SHORT)
-        if long.differentiated[index]:
-            rest += linear + attention * (3.5 + again)
-        else:
+        linear = per_token(_cost(short.products[index]), _cost(long.products[index]))
+        if not long.differentiated[index]:
             below += linear + attention
-    rest += (_cost(long.outside, False) - _cost(short.outside, False)) / (_LONG - _SHORT)
+            continue
+        rest += linear + 3.5 * attention
+        if getattr(block, "gradient_checkpointing", False):
+            rest += per_token(short.again[index], long.again[index]) + attention
+    rest += per_token(_cost(short.outside), _cost(long.outside))
     return TokenCost(below=below, rest=rest + _head(model, long.differentiated[-1]))
 
 
@@ -189,7 +210,7 @@ def attention_flops(model: PreTrainedModel, index: int, length: int) -> float:
     value = getattr(config, "v_head_dim", None) or width
     reach = min(length, window) if window and kind == "sliding_attention" else length
     keys = reach - reach**2 / (2 * length)  # seen by a token, on average
-    return 2.0 * keys * heads * (key + value)
+    return float(2 * keys * heads * (key + value))
 
 
 def _probe(root: nn.Module, model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: int) -> _Probe:
@@ -199,6 +220,8 @@ def _probe(root: nn.Module, model: PreTrainedModel, blocks: Sequence[nn.Module],
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_storing(blocks))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(probe.store, lambda tensor: tensor))
         for handle in probe.watch(model, blocks):
             stack.callback(handle.remove)
         model.train()
@@ -208,18 +231,31 @@ def _probe(root: nn.Module, model: PreTrainedModel, blocks: Sequence[nn.Module],
     return probe
 
 
-def _cost(products: Sequence[_Product], again: bool) -> float:
-    """Return the FLOPs of a block; computed again, it stops short of its last product."""
-    plain = sum(product.forward + product.gradients for product in products)
-    return plain + (sum(product.forward for product in products[:-1]) if again else 0.0)
+@contextmanager
+def _storing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Have no block computed again for a while: what it stores could not be seen."""
+    chosen = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    _set_again(chosen, False)
+    try:
+        yield
+    finally:
+        _set_again(chosen, True)
+
+
+def _set_again(blocks: Sequence[nn.Module], again: bool) -> None:
+    for block in blocks:
+        setattr(block, "gradient_checkpointing", again)  # noqa: B010 - nn.Module declares no such attribute
+
+
+def _cost(products: Iterable[_Product]) -> float:
+    return sum(product.forward + product.gradients for product in products)
 
 
 def _head(model: PreTrainedModel, differentiated: bool) -> float:
     """Return the FLOPs for each token of what lies behind the base model."""
     inside = {id(module) for module in model.base_model.modules()}
     outer = [module for module in model.modules() if id(module) not in inside]
-    products = [product for module in outer for product in _products(module, 1, differentiated, 1)]
-    return _cost(products, False)
+    return _cost(product for module in outer for product in _products(module, 1, differentiated, 1))
 
 
 @cache

@@ -97,7 +97,8 @@ def _whole(blocks: Blocks, norms: Sequence[Sequence[torch.Tensor]], world: World
         return dict.fromkeys(blocks, 0.0)
     # One transfer; on the CPU, as not every device has fp64, in which squares neither over- nor underflow.
     squares = torch.stack(flat).cpu().double().square()
-    summed = torch.stack([part.sum() for part in squares.split([len(each) for each in norms])])
+    parts = torch.split(squares, [len(each) for each in norms])
+    summed = torch.stack([part.sum() for part in parts])
     if any(isinstance(p, DTensor) for parameters in blocks.values() for p in parameters):
         world.add(summed)
     return dict(zip(blocks, summed.sqrt().tolist(), strict=True))
