@@ -27,9 +27,13 @@ def run(root, *options, processes):
     )
 
 
-def losses(directory):
+def steps(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line for line in lines if "loss" in line]
+
+
+def losses(directory):
+    return [line["loss"] for line in steps(directory)]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,11 @@ def test_two_processes_do_what_one_does(single, parallel):
     done = run(single, "--set", f"train.parallel={parallel}", "--set", f"output={out}", processes=2)
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(single / "run"), abs=1e-5)
+    for ours, alone in zip(steps(out), steps(single / "run"), strict=True):
+        assert ours["flops_per_second"] > 0
+        assert ours["blocks"].keys() == alone["blocks"].keys()
+        for index, figures in alone["blocks"].items():
+            assert ours["blocks"][index] == pytest.approx(figures, rel=0.01)
     ours, alone = (load_file(d / "blocks" / "blocks.safetensors") for d in (out, single / "run"))
     assert ours.keys() == alone.keys()
     for name, tensor in ours.items():

@@ -31,9 +31,9 @@ def _watch(run: Path, port: int) -> None:
     from deepen.report import WatchServer
 
     with WatchServer(run, port) as server:
-        print(server.url, flush=True)
-        print("Ctrl-C ends it; training goes on", file=sys.stderr)
         try:
+            print(server.url, flush=True)
+            print("Ctrl-C ends it; training goes on", file=sys.stderr)
             server.serve_forever()
         except KeyboardInterrupt:
             print(file=sys.stderr)  # after the ^C that the terminal shows
