@@ -103,6 +103,11 @@ def metric_lines(texts, steps=269, every=27):
                 "learning_rate": 1e-3, "gradient_norm": 0.8, "tokens_per_second": 5500.0,
                 "seconds": step * 0.745,
                 "source_tokens": {"gsm8k": tokens * 3 // 5, "licences": tokens * 2 // 5},
+                "flops_per_second": 1.25e10, "utilisation": 0.43,
+                "blocks": {
+                    block: {"gradient_norm": block * math.exp(-done), "update": 1e-3 * (1.1 - done)}
+                    for block in (2, 6)
+                },
             }  # fmt: skip
         if step % every == 0 or step == steps:
             losses = {}
@@ -113,13 +118,17 @@ def metric_lines(texts, steps=269, every=27):
             yield {"step": step, "tokens": tokens, "evaluation": losses}
 
 
-def write_run(directory, texts, *, recipe=RECIPE, provenance=PROVENANCE, evaluated=True, **changes):
+def write_run(
+    directory, texts, *, recipe=RECIPE, provenance=PROVENANCE, evaluated=True, findings=None, **changes
+):
     """Write a finished run directory; `changes` are of its result."""
     (directory / "evaluation").mkdir(parents=True)
     (directory / "recipe.yaml").write_text(dump_recipe(parse_recipe(recipe)))
     (directory / "environment.json").write_text(provenance.model_dump_json())
     (directory / "result.json").write_text(result(**changes).model_dump_json())
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metric_lines(texts)))
+    if findings:
+        (directory / "findings.json").write_text(json.dumps({"line": findings, "ngram": 13}))
     if evaluated:
         (directory / "evaluation" / "heldout.json").write_text(evaluation(texts).model_dump_json())
     return directory

@@ -18,6 +18,7 @@ import deepen
 from deepen.cli import main
 from deepen.cli.output import human_count
 from deepen.config import load_recipe, parse_recipe
+from deepen.data.batches import Mixture
 from deepen.errors import CheckFailed, DataError, Interrupted, OutputError, RecipeError, TrainingError
 from deepen.expansion import verify_bytes
 from deepen.pipeline import directory, run, trainee, training
@@ -131,6 +132,15 @@ def test_metrics_have_every_step_and_evaluation(finished):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "evaluation" in line] == [0, 3, 6]
     assert lines[-2]["source_tokens"] == {"train": 768}
+    for line in lines:
+        if "loss" in line:
+            assert line["flops_per_second"] > 0
+            assert "utilisation" not in line  # too short a run to measure the device for
+            assert line["blocks"].keys() == {"1", "4"}
+            assert sum(b["gradient_norm"] ** 2 for b in line["blocks"].values()) == pytest.approx(
+                line["gradient_norm"] ** 2, rel=1e-4
+            )
+            assert all(0 < block["update"] < 0.1 for block in line["blocks"].values())
     assert lines[0]["evaluation"]["general"] == pytest.approx(value(record_of(root), "general", "base_value"))
 
 
@@ -239,9 +249,36 @@ def test_code_in_a_base_is_neither_run_nor_passed_on(tmp_path):
 
 def test_heldout_documents_of_a_source_are_evaluated(tmp_path):
     write_base(tmp_path / "base")
-    recipe = write_recipe(tmp_path, data__heldout=0.2, evaluate__domain=[])
+    repeats = {"action": "report"}
+    recipe = write_recipe(tmp_path, data__heldout=0.2, data__deduplicate=repeats, evaluate__domain=[])
     run_recipe(load_recipe(recipe))
     assert {metric.task for metric in record_of(tmp_path).metrics} == {"general", "train-heldout"}
+    found = json.loads((tmp_path / "run" / "findings.json").read_text())
+    assert " repeat an earlier one " in found["line"]
+    for page in ("report.html", "README.md"):
+        assert f"Checked before training: {found['line']}." in (tmp_path / "run" / page).read_text()
+
+
+def test_the_device_is_measured_and_a_windows_place_is_told(tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    recipe = load_recipe(write_recipe(tmp_path))
+    monkeypatch.setattr(training, "_CALIBRATION_SHARE", 0)
+    monkeypatch.setattr(training, "attained", lambda device, dtype: 2e9)
+    honest, told = training.train, []
+
+    def begun(*arguments, **keywords):
+        told.append(arguments[-1].name_window(1, 2))
+        honest(*arguments, **keywords)
+
+    monkeypatch.setattr(training, "train", begun)
+    monkeypatch.setattr(Mixture, "places", lambda self, step, windows: [(0, 10 * step + i) for i in range(4)])
+    run_recipe(recipe)
+    assert told == ["window 12 of train"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["utilisation"] for line in steps] == pytest.approx(
+        [line["flops_per_second"] / 2e9 for line in steps], rel=0.01, abs=1e-4
+    )
 
 
 def test_a_base_that_moves_fails_the_audit_and_leaves_no_result(tmp_path, monkeypatch):

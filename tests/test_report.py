@@ -1,8 +1,13 @@
 import io
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from http.client import HTTPConnection
 from itertools import pairwise
+from threading import Thread
 
 import pytest
 import yaml
@@ -25,6 +30,7 @@ from deepen.records import (
     read_record,
 )
 from deepen.report import (
+    WatchServer,
     describe_differences,
     print_table,
     read_run,
@@ -137,9 +143,9 @@ def test_ids_are_unique_and_references_resolve(run, page):
 
 def test_every_drawing_has_title_and_description_and_takes_the_pages_colours(run, page):
     drawings = page.all("svg")
-    assert len(drawings) == 4  # the layout, and three charts
+    assert len(drawings) == 5 + 4  # the layout and four charts, two small figures for each of two blocks
     assert all(each["role"] == "img" and each["viewbox"] for each in drawings)
-    assert len(page.all("desc")) == 4
+    assert len(page.all("desc")) == 9
     raw = (run / "report.html").read_text()
     inside = "".join(re.findall(r"<svg.*?</svg>", raw, flags=re.DOTALL))
     assert not re.search(r"#0[0-9ab]0[0-9ab]0[0-9ab]\b|DejaVu|<metadata|<style|<!--", inside)
@@ -148,7 +154,7 @@ def test_every_drawing_has_title_and_description_and_takes_the_pages_colours(run
 
 
 def test_tables_are_for_all_readers(page):
-    assert len(page.all("table")) == len(page.all("caption")) == 5
+    assert len(page.all("table")) == len(page.all("caption")) == 6
     assert all(each.get("scope") in ("col", "row", "rowgroup") for each in page.all("th"))
     assert page.all("html") == [{"lang": "en"}]
     assert any(each.get("name") == "viewport" for each in page.all("meta"))
@@ -261,6 +267,121 @@ def test_a_page_that_cannot_be_written_leaves_nothing(run, comparison, tmp_path)
 def test_a_page_gets_the_mode_of_other_files(run, tmp_path):
     (tmp_path / "other").touch()
     assert write_report(run).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_each_block_did_is_shown(run, page):
+    rows = {row[0]: [cell.strip() for cell in row[1:]] for row in page.rows if len(row) == 5}
+    assert rows.keys() == {"Block", "2", "6"}
+    last = read_run(run).training[-4:]  # what one point of the small figure stands for
+    for block in (2, 6):
+        shown = f"{sum(p.blocks[block].gradient_norm for p in last) / 4:.2g}"
+        assert rows[str(block)][0] == shown
+    lines = re.findall(r'class="spark"[^\n]*<path d="M([^"]*)"', (run / "report.html").read_text())
+    ups = [[float(point.split()[1]) for point in line.split("L")] for line in lines]
+    assert len(ups) == 4
+    # Gradient norms fall by e, and those of the second block are three times as high, on one scale.
+    assert all(line == sorted(line) for line in ups)
+    assert ups[2][0] == 1.0
+    assert ups[0][-1] == pytest.approx(25.0, abs=0.1)
+    assert "43%" in page.text
+    assert "12.5 G" not in page.text
+    assert "12.5 B" in page.text
+
+
+def test_findings_are_told_on_the_page_and_the_card(tmp_path):
+    line = "of 1,000 training documents 7 share 13 words with an evaluation text (dropped)"
+    run = write_run(tmp_path / "run", two_texts(), findings=line)
+    assert line in parse(write_report(run)).text
+    assert line in write_card(run, run).read_text()
+
+
+def unfinished(directory, **changes):
+    run = write_run(directory, two_texts(), evaluated=False, **changes)
+    (run / "result.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:150]) + lines[150][:20])
+    return run
+
+
+def get(server, path="/", host=None):
+    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection.request("GET", path, headers={"Host": host} if host else {})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+@pytest.fixture
+def served(tmp_path):
+    run = unfinished(tmp_path / "run")
+    with WatchServer(run, 0) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield run, server
+        server.shutdown()
+        thread.join()
+
+
+def test_the_page_is_served_while_the_run_goes_on(served):
+    run, server = served
+    status, raw = get(server)
+    page = Page()
+    page.feed(raw)
+    assert (status, page.open) == (200, [])
+    assert {"http-equiv": "refresh", "content": "5"} in page.all("meta")
+    (bar,) = page.all("progress")
+    assert float(bar["max"]) == 1.1e6
+    step = int(bar["value"]) // 4096
+    assert f"Step {step}:" in page.text
+    assert "left" in page.text
+    assert 'class="verdicts"' not in raw
+    assert {"training-title", "domain-title", "general-title", "speed-title"} <= {
+        attributes.get("id") for _, attributes in page.tags
+    }
+    # Anew for every request: a further step, then the end.
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('\n{"step": 200, "tokens": 819200, "loss": 2.5}\n')
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if line.endswith("}\n")))
+    assert "Step 200:" in get(server)[1]
+    other = write_run(run.parent / "other", two_texts())
+    for name in ("result.json", "evaluation/heldout.json"):
+        (other / name).rename(run / name)
+    status, raw = get(server)
+    assert status == 200
+    assert 'class="verdicts"' in raw
+    assert "http-equiv" not in raw
+    assert write_report(run).read_text() == raw
+
+
+def test_nothing_else_is_served_and_to_no_one_else(served):
+    run, server = served
+    assert get(server, "/recipe.yaml")[0] == 404
+    assert get(server, host="evil.example:80")[0] == 403
+    assert get(server, host="localhost:1234")[0] == 200
+    (run / "environment.json").unlink()
+    status, raw = get(server)
+    assert status == 503
+    assert "environment.json" in raw
+    assert "refresh" in raw
+    with pytest.raises(OutputError, match="another with --port"):
+        WatchServer(run, server.server_port)
+    with pytest.raises(DataError, match="no such directory"):
+        WatchServer(run / "absent", 0)
+
+
+def test_the_watched_page_ends_on_request(tmp_path):
+    run = unfinished(tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deepen", "report", str(run), "--watch", "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    url = process.stdout.readline().strip()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in said
 
 
 # The card

@@ -1,6 +1,7 @@
 import copy
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ from transformers import AutoModelForCausalLM
 from deepen.data.batches import Batch
 from deepen.errors import Interrupted, TrainingError
 from deepen.expansion import plan_layout
+from deepen.families import family_for
 from deepen.model import freeze_base, insert_blocks
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
 from deepen.training.loop import Hooks, Settings, train
+from deepen.training.meters import by_block, step_blocks
 from deepen.training.metrics import MetricsLog
+from deepen.training.nonfinite import explain
 from deepen.training.optimizer import build_optimizer
 from deepen.training.schedule import learning_rate
 from deepen.training.signals import stop_on_signal
+from deepen.training.world import World
 
 
 def batch_at(step, windows):
@@ -148,6 +153,84 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(checkpoint):
     with pytest.raises(TrainingError, match="step 1: loss nan"):
         run(model, parameters, settings())
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+
+
+def test_a_window_whose_loss_is_not_finite_is_named(checkpoint):
+    """Token 95 has an embedding that is not finite, and stands in one window of the second step alone."""
+    model, parameters = expanded(checkpoint)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[95].fill_(float("inf"))
+
+    def batches(step, windows):
+        tokens = batch_at(step, windows).tokens % 95
+        tokens[5, 3] = 95 if step == 1 else 0
+        return Batch(tokens, np.zeros(windows, dtype=np.int64))
+
+    before = []
+    log = lambda report: before.extend(p.detach().clone() for p in parameters.values())  # noqa: E731
+    chosen = replace(hooks(log=log), name_window=lambda step, row: f"window {10 * step + row} of code")
+    with pytest.raises(TrainingError, match=r"step 2: loss nan.*\n.*8 windows, alone: window 15 of code;"):
+        train(model, parameters, optimizer_of(parameters), batches, settings(micro_batch=3), chosen)
+    assert all(torch.equal(p, held) for p, held in zip(parameters.values(), before, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_is_named_too(checkpoint):
+    model, parameters = expanded(checkpoint)
+    parameter = next(iter(parameters.values()))
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=r"step 1: loss 4.*, gradient norm (inf|nan)(.|\n)*each window"):
+        run(model, parameters, settings())
+
+
+def test_what_is_said_of_a_step_that_is_not_finite():
+    names = [f"window {number} of a" for number in range(7)]
+    assert "alone: window 0 of a; look" in explain("step 3: loss nan", names[:1], 8)
+    assert "window 4 of a and 2 more;" in explain("step 3: loss nan", names, 8)
+    assert "weights have overflowed" in explain("step 3: loss nan", names, 7)
+    assert "each window of the step alone is finite" in explain("step 3: loss inf", [], 7)
+    assert all(explain("x", names[:n], 7).count("\n") == 1 for n in range(8))
+
+
+def test_what_reaches_and_moves_each_block_is_measured(checkpoint):
+    model, parameters = expanded(checkpoint)
+    reference = copy.deepcopy(model)
+    tokens = torch.from_numpy(batch_at(0, 8).tokens)
+    reference(input_ids=tokens, labels=tokens).loss.backward()
+    named = dict(reference.named_parameters())
+
+    (report,) = run(model, parameters, settings(steps=1, clip=1e-3))
+
+    assert list(report.blocks) == [block.index for block in plan_layout(3, blocks=2).new_blocks]
+    for index, figures in report.blocks.items():
+        names = [name for name in parameters if name.startswith(f"model.layers.{index}.")]
+        before, after = (torch.cat([of[name].flatten() for name in names]) for of in (named, parameters))
+        gradient = torch.cat([named[name].grad.flatten() for name in names])
+        assert figures.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+        assert figures.update == pytest.approx(((after - before).norm() / after.norm()).item(), rel=1e-4)
+    squares = sum(figures.gradient_norm**2 for figures in report.blocks.values())
+    assert squares == pytest.approx(report.gradient_norm**2, rel=1e-5)
+
+
+def test_a_step_by_blocks_is_a_step():
+    """Twelve blocks, so that the second's prefix begins the eleventh's; and a parameter outside them."""
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(12))]
+    family = family_for({"model_type": "llama"})
+    torch.manual_seed(0)
+    parameters = {name: torch.nn.Parameter(torch.randn(4, 3)) for name in names}
+    straight = {name: torch.nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+    blocks = by_block(parameters, family)
+    assert {index: len(held) for index, held in blocks.items()} == dict.fromkeys(range(12), 1)
+    ours, theirs = optimizer_of(parameters), optimizer_of(straight)
+    for group in (*ours.param_groups, *theirs.param_groups):
+        group["lr"] = 0.1
+    for _ in range(3):
+        for name, parameter in parameters.items():
+            straight[name].grad = parameter.grad = torch.randn(4, 3)
+        moved = step_blocks(ours, blocks, World())
+        theirs.step()
+    assert all(torch.equal(parameters[name], straight[name]) for name in names)
+    assert [len(group["params"]) for group in ours.param_groups] == [13]
+    assert all(size > 0 for size in moved.values())
 
 
 def test_evaluates_and_saves_when_due_and_always_at_the_end(checkpoint):

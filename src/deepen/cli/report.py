@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,30 @@ app = new_app()
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A finished run.")]) -> None:
-    """Write a run's report.html and model card anew from its records."""
+def report(
+    run: Annotated[Path, typer.Argument(help="A run; a finished one, unless it is watched.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine while the run goes on.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where; 0: any free port.")] = 8377,
+) -> None:
+    """Write a run's report.html and model card anew from its records, or show them while it trains."""
+    if watch:
+        _watch(run, port)
+        return
     from deepen.report import write_card, write_report
 
     print(write_report(run))
     print(write_card(run, run))
+
+
+def _watch(run: Path, port: int) -> None:
+    from deepen.report import WatchServer
+
+    with WatchServer(run, port) as server:
+        try:
+            print(server.url, flush=True)
+            print("Ctrl-C ends it; training goes on", file=sys.stderr)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # after the ^C that the terminal shows

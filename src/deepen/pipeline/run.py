@@ -98,7 +98,8 @@ def _run(plan: RunPlan, directory: RunDirectory, world: World, reporter: Reporte
     texts = world.first_then_rest(lambda: load_evaluation(recipe, tokenizer, cache, corpora))
     data = {source.label: corpus.digest for source, corpus in zip(recipe.data.sources, corpora, strict=True)}
     if world.is_first and training.findings:
-        write_file(directory.findings, json.dumps(training.findings.to_json(), indent=1) + "\n")
+        found = {"line": training.findings.line(), **training.findings.to_json()}
+        write_file(directory.findings, json.dumps(found, indent=1) + "\n")
     provenance = capture_provenance(seed=recipe.train.seed, data=data, accelerators=_accelerators())
     if world.is_first and not directory.environment.exists():
         write_file(directory.environment, provenance.model_dump_json(indent=1) + "\n")

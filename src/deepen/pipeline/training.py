@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Final
 
 import torch
 
@@ -11,6 +11,7 @@ from deepen.data.batches import Batch, Mixture
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, Interrupted
 from deepen.evaluation.record import nats_per_token
+from deepen.model.structure import blocks_of
 from deepen.pipeline.directory import RunDirectory
 from deepen.pipeline.memory import fit_memory
 from deepen.pipeline.plan import RunPlan
@@ -18,12 +19,16 @@ from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.trainee import Trainee
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
+from deepen.training.flops import Gauge, attained, calibration_flops, count_flops
 from deepen.training.loop import Hooks, Settings, StepReport, train
 from deepen.training.metrics import MetricsLog
 from deepen.training.optimizer import build_optimizer
 from deepen.training.signals import stop_on_signal
 from deepen.training.sinks import open_sinks
 from deepen.training.world import World
+
+# The run is at least so many times the work of the calibration, or there is none.
+_CALIBRATION_SHARE: Final = 50
 
 
 def train_to_the_end(
@@ -61,8 +66,9 @@ def train_to_the_end(
     optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
+    gauge = _gauge(plan, trainee, world)
     reporter.stage("training")
-    log = world.first_only(lambda: _Log(plan, directory, reporter, first))
+    log = world.first_only(lambda: _Log(plan, directory, reporter, first, gauge))
     if log and not first:
         log.evaluation(0, base_loss)
 
@@ -77,7 +83,9 @@ def train_to_the_end(
         where, keep = directory.checkpoints, section.keep_checkpoints
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
-    hooks = Hooks(log=log.step if log else _ignore, evaluate=evaluate, save=save, stop=bool)
+    name = _window_names(plan, mixture)
+    note = log.step if log else _ignore
+    hooks = Hooks(log=note, evaluate=evaluate, save=save, stop=bool, name_window=name)
     with closing(log) if log else nullcontext():
         _train(plan, trainee, mixture, optimizer, hooks, first, world)
     return log.seconds if log else 0.0
@@ -111,6 +119,28 @@ def _train(
 
 def _ignore(_: StepReport) -> None:
     """What all processes but the first do with a step's report."""
+
+
+def _window_names(plan: RunPlan, mixture: Mixture) -> Callable[[int, int], str]:
+    """Return what calls a window of a step by its source and its number there."""
+    labels = [source.label for source in plan.recipe.data.sources]
+
+    def name(step: int, row: int) -> str:
+        source, index = mixture.places(step, plan.windows)[row]
+        return f"window {index} of {labels[source]}"
+
+    return name
+
+
+def _gauge(plan: RunPlan, trainee: Trainee, world: World) -> Gauge:
+    """Count what a step computes, and measure what the devices attain where the run is long enough for it."""
+    device = trainee.model.device
+    blocks = list(blocks_of(trainee.model, plan.base.family))
+    cost = count_flops(trainee.root, trainee.model, blocks, plan.recipe.data.sequence_length)
+    worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
+    world.any(False)  # processes that share a processor measure at one time
+    found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []
+    return Gauge(flops_per_token=cost.total, attained=sum(found) or None)
 
 
 def _identity(plan: RunPlan, mixture: Mixture) -> dict[str, Any]:
@@ -179,8 +209,10 @@ def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
 class _Log:
     """Turns what the loop reports into metrics lines and the live line."""
 
-    def __init__(self, plan: RunPlan, directory: RunDirectory, reporter: Reporter, first: int) -> None:
-        self._plan, self._reporter = plan, reporter
+    def __init__(
+        self, plan: RunPlan, directory: RunDirectory, reporter: Reporter, first: int, gauge: Gauge
+    ) -> None:
+        self._plan, self._reporter, self._gauge = plan, reporter, gauge
         recipe = plan.recipe.model_dump(mode="json")
         self._stack = ExitStack()
         # First of all: a package that is not installed is said before anything is written.
@@ -203,6 +235,7 @@ class _Log:
 
     def step(self, report: StepReport) -> None:
         rate = self._step_tokens / report.seconds
+        speed = self._gauge.read(rate)
         self.seconds += report.seconds
         for source, tokens in report.sources.items():
             self._source_tokens[self._sources[source]] += tokens
@@ -214,11 +247,15 @@ class _Log:
                 "learning_rate": report.learning_rate,
                 "gradient_norm": report.gradient_norm,
                 "tokens_per_second": round(rate, 1),
+                **speed,
                 "seconds": round(self.seconds, 3),
                 "source_tokens": self._source_tokens,
+                "blocks": {str(index): asdict(block) for index, block in report.blocks.items()},
             }
         )
         detail = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"
+        if "utilisation" in speed:
+            detail += f"  {speed['utilisation']:.0%} used"
         self._reporter.progress(report.step, self._plan.steps, detail)
 
     def evaluation(self, step: int, nats: Mapping[str, float]) -> None:

@@ -1,7 +1,8 @@
 """Typed results with provenance, as JSON on disk."""
 
 from deepen.records.comparison import Cell, Column, Comparison, Difference, Row
-from deepen.records.metrics import EvaluationPoint, TrainingPoint, read_metrics
+from deepen.records.findings import FindingsRecord
+from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, read_metrics
 from deepen.records.provenance import Provenance, capture_provenance
 from deepen.records.results import (
     AuditResult,
@@ -18,12 +19,14 @@ from deepen.records.results import (
 
 __all__ = [
     "AuditResult",
+    "BlockPoint",
     "Cell",
     "Column",
     "Comparison",
     "Difference",
     "EvaluationPoint",
     "EvaluationRecord",
+    "FindingsRecord",
     "IdentityResult",
     "Items",
     "Metric",

@@ -9,6 +9,18 @@ from deepen.errors import DataError
 from deepen.records.results import Record
 
 
+class BlockPoint(Record):
+    """One step of what trains in one block.
+
+    Attributes:
+        gradient_norm: before clipping.
+        update: norm of the change of its weights over the norm of the weights.
+    """
+
+    gradient_norm: float
+    update: float
+
+
 class TrainingPoint(Record):
     """One optimiser step.
 
@@ -21,6 +33,9 @@ class TrainingPoint(Record):
         tokens_per_second: over this step.
         seconds: of training so far.
         source_tokens: tokens seen so far from each source.
+        flops_per_second: executed, by the closed form of `deepen.training.flops`.
+        utilisation: of what the devices attain in a square matrix product; None where that was not measured.
+        blocks: block -> its figures, for each in which something trains.
     """
 
     step: int
@@ -31,6 +46,9 @@ class TrainingPoint(Record):
     tokens_per_second: float | None = None
     seconds: float | None = None
     source_tokens: dict[str, int] = Field(default_factory=dict)
+    flops_per_second: float | None = None
+    utilisation: float | None = None
+    blocks: dict[int, BlockPoint] = Field(default_factory=dict)
 
 
 class EvaluationPoint(Record):

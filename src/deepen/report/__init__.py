@@ -5,9 +5,11 @@ from deepen.report.comparison import describe_differences, print_table, render_t
 from deepen.report.complete import complete_pages
 from deepen.report.page import write_report
 from deepen.report.read import RunReport, read_run
+from deepen.report.watch import WatchServer
 
 __all__ = [
     "RunReport",
+    "WatchServer",
     "complete_pages",
     "describe_differences",
     "print_table",

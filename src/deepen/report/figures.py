@@ -1,7 +1,7 @@
 """The charts of the pages."""
 
 from collections.abc import Callable, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Literal
 
 from matplotlib.axes import Axes
@@ -32,6 +32,24 @@ def training_chart(report: RunReport) -> Chart | None:
 
     description = f"Training loss from {loss(smooth[0][1])} to {loss(smooth[-1][1])} nats per token."
     return _over_tokens("training", "Training loss", description, draw)
+
+
+def speed_chart(report: RunReport) -> Chart | None:
+    """Tokens a second over tokens; None without logged speeds."""
+    points = [(p.tokens, p.tokens_per_second) for p in report.training if p.tokens_per_second is not None]
+    if len(points) < 2:
+        return None
+    size = -(-len(points) // _MOST_POINTS)
+    thinned = [_mean(points[at : at + size]) for at in range(0, len(points), size)]
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*zip(*thinned, strict=True), color=INK, linewidth=1.4)
+        axes.yaxis.set_major_formatter(lambda value, _: count(value))
+        axes.set_ylim(bottom=0)
+
+    usual = median(speed for _, speed in points)
+    description = f"Training speed over training: {count(round(usual))} tokens a second in the median step."
+    return _over_tokens("speed", "Speed", description, draw, "tokens a second")
 
 
 def heldout_chart(report: RunReport, role: Literal["general", "domain"]) -> Chart | None:
@@ -176,13 +194,15 @@ def _cycle(number: int) -> list[object]:
     return [_DASHES[index % len(_DASHES)] for index in range(number)]
 
 
-def _over_tokens(name: str, title: str, description: str, draw: Callable[[Axes], None]) -> Chart:
+def _over_tokens(
+    name: str, title: str, description: str, draw: Callable[[Axes], None], unit: str = "nats per token"
+) -> Chart:
     def with_axes(axes: Axes) -> None:
         draw(axes)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda value, _: count(value))
         axes.set_xlim(left=0)
         axes.set_xlabel("training tokens")
-        axes.set_ylabel("nats per token")
+        axes.set_ylabel(unit)
 
     return chart(name, title, description, (4.0, 3.0), with_axes)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from deepen.config import dump_recipe
-from deepen.report.figures import heldout_chart, training_chart
+from deepen.report.blocks import HEIGHT, WIDTH, trace_blocks
+from deepen.report.figures import heldout_chart, speed_chart, training_chart
 from deepen.report.layout import draw_tower
 from deepen.report.read import RunReport, read_run
 from deepen.report.templates import render
@@ -24,17 +25,32 @@ def write_report(run_dir: Path) -> Path:
     return write_page(run_dir / "report.html", render_report(read_run(run_dir)))
 
 
-def render_report(report: RunReport) -> str:
-    """Return the page of a run as HTML."""
-    charts = [training_chart(report), heldout_chart(report, "domain"), heldout_chart(report, "general")]
+def render_report(report: RunReport, *, reload: int | None = None) -> str:
+    """Return the page of a run as HTML.
+
+    Args:
+        report: the run; one that still goes on has no findings yet, and says how far it is.
+        reload: seconds after which a browser asks for the page again.
+    """
+    result = report.outcome
+    charts = [
+        training_chart(report),
+        heldout_chart(report, "domain"),
+        heldout_chart(report, "general"),
+        speed_chart(report),
+    ]
     return render(
         "run.html.j2",
         report=report,
-        tower=draw_tower(report.result.layout) if report.result.layout else None,
-        verdicts=[verdict(metric) for metric in report.metrics("nats_per_token")],
+        result=result,
+        reload=reload,
+        tower=draw_tower(result.layout) if result and result.layout else None,
+        verdicts=[verdict(metric) for metric in report.metrics("nats_per_token")] if result else [],
         metrics=METRICS,
         units=units(report),
         charts=[chart for chart in charts if chart],
+        blocks=trace_blocks(report),
+        spark=(WIDTH, HEIGHT),
         recipe=dump_recipe(report.recipe),
     )
 

@@ -1,13 +1,16 @@
 """Everything a run directory says about its run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 from deepen.config import Recipe, load_recipe
 from deepen.records import (
     EvaluationPoint,
     EvaluationRecord,
+    FindingsRecord,
     Metric,
     Provenance,
     RunResult,
@@ -21,30 +24,54 @@ Role = Literal["general", "domain"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A step's figures as a rule: medians over steps; None where no step has the figure.
+
+    Attributes:
+        tokens: a second.
+        flops: executed a second.
+        utilisation: as a share of what the devices attain.
+    """
+
+    tokens: float | None
+    flops: float | None
+    utilisation: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """The records of one finished run.
+    """The records of one run.
 
     Attributes:
         name: of the run directory.
         recipe: as it was run, complete.
         provenance: of the run.
-        result: its outcome.
+        outcome: None while the run goes on.
         training: logged steps, ascending.
         evaluations: held-out losses during training, ascending.
         heldout: the final evaluation, or None where the recipe names no texts.
+        findings: of the checks of its texts in one line, or None where it asks for none.
     """
 
     name: str
     recipe: Recipe
     provenance: Provenance
-    result: RunResult
+    outcome: RunResult | None
     training: list[TrainingPoint]
     evaluations: list[EvaluationPoint]
     heldout: EvaluationRecord | None
+    findings: str | None
+
+    @property
+    def result(self) -> RunResult:
+        """The outcome of a finished run; only `watch_run` reads others."""
+        assert self.outcome is not None
+        return self.outcome
 
     def metrics(self, metric: str, role: Role | None = None) -> list[Metric]:
-        """The final figures in one metric, domain texts first, in the order evaluated."""
-        found = [each for each in (self.heldout.metrics if self.heldout else []) if each.metric == metric]
+        """The final figures in one metric, or those so far; domain texts first, in the order evaluated."""
+        known = self.heldout.metrics if self.heldout else [] if self.outcome else self._so_far()
+        found = [each for each in known if each.metric == metric]
         return [
             each
             for wanted in ("domain", "general")
@@ -52,10 +79,45 @@ class RunReport:
             if each.role == wanted == (role or wanted)
         ]
 
+    def _so_far(self) -> list[Metric]:
+        """The last evaluation during training, with the first one, which is the base's."""
+        if not self.evaluations:
+            return []
+        general = {text.label for text in self.recipe.evaluate.general}
+        first, last = self.evaluations[0].evaluation, self.evaluations[-1].evaluation
+        return [
+            Metric(
+                task=task,
+                role="general" if task in general else "domain",
+                metric="nats_per_token",
+                value=value,
+                stderr=None,
+                n=0,
+                base_value=first.get(task),
+            )
+            for task, value in last.items()
+        ]
+
+    @property
+    def speed(self) -> Speed | None:
+        """What a step is like as a rule; None before the first."""
+        if not self.training:
+            return None
+        return Speed(
+            tokens=_median(each.tokens_per_second for each in self.training),
+            flops=_median(each.flops_per_second for each in self.training),
+            utilisation=_median(each.utilisation for each in self.training),
+        )
+
+    @property
+    def base(self) -> str:
+        """The base's path or hub id."""
+        return self.outcome.base if self.outcome else self.recipe.base
+
     @property
     def base_name(self) -> str:
         """Last part of the base's path or hub id."""
-        return self.result.base.rstrip("/").rsplit("/", 1)[-1]
+        return self.base.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def sources(self) -> str:
@@ -79,15 +141,34 @@ def read_run(run_dir: Path) -> RunReport:
         DataError: a record is missing or malformed; without `result.json` the run is not finished.
         RecipeError: `recipe.yaml` is missing or malformed.
     """
-    result = read_result(run_dir)
+    return _read(run_dir, read_result(run_dir))
+
+
+def watch_run(run_dir: Path) -> RunReport:
+    """Read a run that may still go on.
+
+    Raises:
+        DataError: a record is missing or malformed.
+        RecipeError: `recipe.yaml` is missing or malformed.
+    """
+    return _read(run_dir, read_result(run_dir) if (run_dir / "result.json").exists() else None)
+
+
+def _read(run_dir: Path, outcome: RunResult | None) -> RunReport:
     training, evaluations = read_metrics(run_dir / "metrics.jsonl")
-    heldout = run_dir / "evaluation" / "heldout.json"
+    heldout, findings = run_dir / "evaluation" / "heldout.json", run_dir / "findings.json"
     return RunReport(
         name=run_dir.resolve().name,
-        result=result,
+        outcome=outcome,
         recipe=load_recipe(run_dir / "recipe.yaml"),
         provenance=read_record(run_dir / "environment.json", Provenance),
         training=training,
         evaluations=evaluations,
         heldout=read_record(heldout, EvaluationRecord) if heldout.exists() else None,
+        findings=read_record(findings, FindingsRecord).line if findings.exists() else None,
     )
+
+
+def _median(figures: Iterable[float | None]) -> float | None:
+    known = [figure for figure in figures if figure is not None]
+    return median(known) if known else None

@@ -12,7 +12,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from deepen.errors import Interrupted, TrainingError
+from deepen.model.structure import family_of
 from deepen.training.loss import IGNORED, summed_loss
+from deepen.training.meters import BlockReport, Blocks, by_block, gradient_norms, step_blocks
+from deepen.training.nonfinite import NotFinite, explain, find_bad_windows
 from deepen.training.parallel import Root, without_exchange
 from deepen.training.schedule import learning_rate
 from deepen.training.world import World
@@ -84,6 +87,7 @@ class StepReport:
         gradient_norm: norm over all trainable parameters before clipping.
         seconds: wall time of the step.
         sources: source -> tokens of it in the step that count in the loss.
+        blocks: block -> what reached it and moved in it, for each in which something trains.
     """
 
     step: int
@@ -92,6 +96,7 @@ class StepReport:
     gradient_norm: float
     seconds: float
     sources: Mapping[int, int]
+    blocks: Mapping[int, BlockReport]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +108,14 @@ class Hooks:
         evaluate: with the number of steps done, when an evaluation is due.
         save: with the number of steps done, when a checkpoint is due.
         stop: whether someone asked to stop.
+        name_window: what a user calls a window, of the step (from 0) and its number in the batch.
     """
 
     log: Callable[[StepReport], None]
     evaluate: Callable[[int], None]
     save: Callable[[int], None]
     stop: Callable[[], bool]
+    name_window: Callable[[int, int], str] = lambda _, row: f"window {row}"
 
 
 def train(
@@ -138,14 +145,20 @@ def train(
             what is reported is the same in all.
 
     Raises:
-        TrainingError: the loss is not finite; the parameters are those of the step before.
+        TrainingError: the loss or a gradient is not finite; the parameters are those of the step before.
         Interrupted: `hooks.stop` said so; a checkpoint was saved.
     """
     world, root = world or World(), root or Root(model)
+    blocks = by_block(parameters, family_of(model))
     model.train()
     for step in range(first_step, settings.steps):
         batch = batch_at(step, settings.windows)
-        hooks.log(_step(root, parameters, optimizer, batch, settings, step, world))
+        try:
+            hooks.log(_step(root, parameters, blocks, optimizer, batch, settings, step, world))
+        except NotFinite as found:
+            rows = _find_bad_windows(root, parameters, optimizer, batch, settings, world)
+            names = [hooks.name_window(step, row) for row in rows]
+            raise TrainingError(explain(str(found), names, len(batch.tokens))) from None
         done = step + 1
         last = done == settings.steps
         if last or done % settings.evaluate_every == 0:
@@ -161,6 +174,7 @@ def train(
 def _step(
     root: nn.Module,
     parameters: Mapping[str, nn.Parameter],
+    blocks: Blocks,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     settings: Settings,
@@ -175,13 +189,11 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     loss = _accumulate(root, batch, settings, world)
+    reached = gradient_norms(blocks, world)
     norm = _clip(parameters, settings.clip)
     if not np.isfinite(loss) or not np.isfinite(norm):
-        raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; the last checkpoint is intact\n"
-            "lower train.learning_rate, or look at the data of this step"
-        )
-    optimizer.step()
+        raise NotFinite(f"step {step + 1}: loss {loss}, gradient norm {norm}")
+    moved = step_blocks(optimizer, blocks, world)
     optimizer.zero_grad(set_to_none=True)
     counts = np.bincount(batch.sources, weights=batch.trained_tokens)
     return StepReport(
@@ -191,7 +203,26 @@ def _step(
         gradient_norm=norm,
         seconds=perf_counter() - begin,
         sources={source: int(count) for source, count in enumerate(counts) if count},
+        blocks={i: BlockReport(gradient_norm=reached[i], update=moved[i]) for i in blocks},
     )
+
+
+def _find_bad_windows(
+    root: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Settings,
+    world: World,
+) -> list[int]:
+    """Return the windows of a step that are not finite alone; all processes look at the same one."""
+
+    def is_finite(window: Batch) -> bool:
+        optimizer.zero_grad(set_to_none=True)
+        loss = _accumulate(root, window, settings, world)
+        return bool(np.isfinite(loss) and np.isfinite(_clip(parameters, None)))
+
+    return find_bad_windows(batch, is_finite)
 
 
 def _accumulate(root: nn.Module, batch: Batch, settings: Settings, world: World) -> float:
