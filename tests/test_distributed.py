@@ -202,33 +202,6 @@ def test_torchrun_says_as_much(runs):
     assert done.returncode == 0, done.stderr
     check_same(root, "blocks", "torchrun")
     done = torchrun(recipe, "--set", "train.device=cuda:7", "--set", f"output={root / 'none'}")
-=======
-    return root
-
-
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_do_what_one_does(single, parallel):
-    out = single / parallel
-    done = run(single, "--set", f"train.parallel={parallel}", "--set", f"output={out}", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert losses(out) == pytest.approx(losses(single / "run"), abs=1e-5)
-    for ours, alone in zip(steps(out), steps(single / "run"), strict=True):
-        assert ours["flops_per_second"] > 0
-        assert ours["blocks"].keys() == alone["blocks"].keys()
-        for index, figures in alone["blocks"].items():
-            assert ours["blocks"][index] == pytest.approx(figures, rel=0.01)
-    ours, alone = (load_file(d / "blocks" / "blocks.safetensors") for d in (out, single / "run"))
-    assert ours.keys() == alone.keys()
-    for name, tensor in ours.items():
-        assert_close(tensor, alone[name], rtol=1e-3, atol=1e-4)
-    result = json.loads((out / "result.json").read_text())
-    assert result["audit"]["unchanged"]
-    assert sorted(os.listdir(out)) == sorted(os.listdir(single / "run"))
-
-
-def test_bad_input_is_said_once(single):
-    done = run(single, "--set", "train.device=cuda:7", "--set", f"output={single / 'none'}", processes=2)
->>>>>>> sight
     assert done.returncode != 0
     assert done.stderr.count("train.device") == 1
     assert not (root / "none").exists()
