@@ -10,7 +10,7 @@ from deepen.cli.output import human_count, print_json
 
 if TYPE_CHECKING:
     from deepen.config import Recipe
-    from deepen.pipeline.plan import RunPlan
+    from deepen.pipeline.plan import Outline
     from deepen.records import RunResult
 
 app = new_app()
@@ -82,7 +82,7 @@ def _run(recipe: "Recipe", resume: bool, overwrite: bool) -> "RunResult":
         return run_recipe(recipe, resume=resume, overwrite=overwrite, reporter=reporter)
 
 
-def _report_plan(plan: "RunPlan", as_json: bool) -> None:
+def _report_plan(plan: "Outline", as_json: bool) -> None:
     from deepen.config import dump_recipe
 
     facts = {
@@ -90,8 +90,9 @@ def _report_plan(plan: "RunPlan", as_json: bool) -> None:
         "recipe": plan.recipe,
         "layout": plan.layout.draw() if plan.layout else None,
         "parameters": plan.parameters,
-        "steps": plan.steps,
-        "tokens": plan.tokens,
+        "steps": plan.known_steps,
+        "tokens": plan.known_tokens,
+        "epochs": plan.recipe.train.epochs,
         "windows_per_step": plan.windows,
         "windows_per_forward": plan.micro_batch,
     }
@@ -104,10 +105,12 @@ def _report_plan(plan: "RunPlan", as_json: bool) -> None:
     trained = "adapters" if counts.trainable is None else human_count(counts.trainable)
     print(f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; {trained} train")
     length = plan.recipe.data.sequence_length
-    print(
-        f"tokens      {human_count(plan.tokens)} in {plan.steps} steps of {plan.windows} windows × "
-        f"{length} tokens ({plan.micro_batch} windows a forward pass)"
-    )
+    step = f"{plan.windows} windows × {length} tokens ({plan.micro_batch} windows a forward pass)"
+    if plan.known_tokens is not None:
+        print(f"tokens      {human_count(plan.known_tokens)} in {plan.known_steps} steps of {step}")
+    else:
+        print(f"epochs      {plan.recipe.train.epochs:g}, in steps of {step};")
+        print("            how many steps is known once the texts are tokenised (deepen data prepare)")
 
 
 def _report(output: Path, result: "RunResult", as_json: bool) -> None:

@@ -236,8 +236,12 @@ class TrainSection(Section):
     match_parameters: Count | None = None
     """Trainable parameters to come as near to as possible: decides `lora.rank` or `freeze.blocks`."""
 
-    tokens: Count
+    tokens: Count | None = None
     """Token budget; rounded up to whole steps."""
+
+    epochs: Positive | None = None
+    """Instead of `tokens`: passes through the mixture, 0.5 or 3 for instance; rounded up to whole steps. One
+    epoch is round(weight × windows) windows of each source, at least one."""
 
     batch_tokens: Count
     """Tokens in one optimiser step; rounded to whole windows."""
@@ -298,6 +302,12 @@ class TrainSection(Section):
 
     keep_checkpoints: Count = 2
     """Checkpoints kept; older ones are removed."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("give either tokens or epochs")
+        return self
 
 
 class EvaluateSection(Section):

@@ -50,6 +50,7 @@ class Mixture:
 
     Attributes:
         sequence_length: tokens to predict in a window.
+        sizes: windows of each corpus, once through.
         counts: windows of each corpus in one epoch.
     """
 
@@ -68,13 +69,13 @@ class Mixture:
             open_windows(corpus, sequence_length, packing, document_masks=document_masks)
             for corpus in self._corpora
         ]
-        self._windows = [len(cuts) for cuts in self._cuts]
+        self.sizes = tuple(len(cuts) for cuts in self._cuts)
         self._packing, self._document_masks = packing, document_masks
         self.sequence_length = sequence_length
         self.seed = seed
         self.counts = tuple(
             max(1, _round_half_up(weight * windows))
-            for weight, windows in zip(self._weights, self._windows, strict=True)
+            for weight, windows in zip(self._weights, self.sizes, strict=True)
         )
         self._ends = np.cumsum(self.counts, dtype=np.int64)
 
@@ -136,7 +137,7 @@ class Mixture:
         sources = np.searchsorted(self._ends, positions, side="right")
         counts = np.asarray(self.counts, dtype=np.int64)[sources]
         local = positions - (self._ends[sources] - counts) + epochs * counts
-        indices = local % np.asarray(self._windows, dtype=np.int64)[sources]
+        indices = local % np.asarray(self.sizes, dtype=np.int64)[sources]
         return list(zip(sources.tolist(), indices.tolist(), strict=True))
 
 

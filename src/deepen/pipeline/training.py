@@ -62,7 +62,7 @@ def train_to_the_end(
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     reporter.stage("training")
-    log = world.first_only(lambda: _Log(plan, directory, reporter, first))
+    log = world.first_only(lambda: _Log(plan, mixture, directory, reporter, first))
     if log and not first:
         log.evaluation(0, base_loss)
 
@@ -179,8 +179,10 @@ def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
 class _Log:
     """Turns what the loop reports into metrics lines and the live line."""
 
-    def __init__(self, plan: RunPlan, directory: RunDirectory, reporter: Reporter, first: int) -> None:
-        self._plan, self._reporter = plan, reporter
+    def __init__(
+        self, plan: RunPlan, mixture: Mixture, directory: RunDirectory, reporter: Reporter, first: int
+    ) -> None:
+        self._plan, self._mixture, self._reporter = plan, mixture, reporter
         recipe = plan.recipe.model_dump(mode="json")
         self._stack = ExitStack()
         # First of all: a package that is not installed is said before anything is written.
@@ -196,6 +198,10 @@ class _Log:
         self._source_tokens: dict[str, int] = (
             steps[-1]["source_tokens"] if steps else dict.fromkeys(self._sources, 0)
         )
+        # Whole windows: of a share of all there are, their number comes back exactly.
+        seen = steps[-1]["source_epochs"] if steps else dict.fromkeys(self._sources, 0)
+        sizes = zip(self._sources, mixture.sizes, strict=True)
+        self._source_windows = [round(seen[name] * size) for name, size in sizes]
 
     def close(self) -> None:
         """Close the log and everything else that shows metrics."""
@@ -206,6 +212,9 @@ class _Log:
         self.seconds += report.seconds
         for source, tokens in report.sources.items():
             self._source_tokens[self._sources[source]] += tokens
+        for source, _ in self._mixture.places(report.step - 1, self._plan.windows):
+            self._source_windows[source] += 1
+        columns = zip(self._sources, self._source_windows, self._mixture.sizes, strict=True)
         self._write(
             {
                 "step": report.step,
@@ -215,7 +224,9 @@ class _Log:
                 "gradient_norm": report.gradient_norm,
                 "tokens_per_second": round(rate, 1),
                 "seconds": round(self.seconds, 3),
+                "epochs": report.step * self._plan.windows / self._mixture.windows_per_epoch,
                 "source_tokens": self._source_tokens,
+                "source_epochs": {name: windows / size for name, windows, size in columns},
             }
         )
         detail = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"

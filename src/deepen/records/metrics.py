@@ -20,7 +20,9 @@ class TrainingPoint(Record):
         gradient_norm: before clipping.
         tokens_per_second: over this step.
         seconds: of training so far.
+        epochs: passes through the mixture so far.
         source_tokens: tokens seen so far from each source.
+        source_epochs: windows seen so far of each source, as a share of all it has.
     """
 
     step: int
@@ -30,7 +32,9 @@ class TrainingPoint(Record):
     gradient_norm: float | None = None
     tokens_per_second: float | None = None
     seconds: float | None = None
+    epochs: float | None = None
     source_tokens: dict[str, int] = Field(default_factory=dict)
+    source_epochs: dict[str, float] = Field(default_factory=dict)
 
 
 class EvaluationPoint(Record):
