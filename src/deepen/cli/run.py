@@ -104,6 +104,8 @@ def _report_plan(plan: "Outline", as_json: bool) -> None:
     counts = plan.parameters
     trained = "adapters" if counts.trainable is None else human_count(counts.trainable)
     print(f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; {trained} train")
+    if plan.recipe.train.prefix_cache != "none":
+        _print_prefix(plan)
     length = plan.recipe.data.sequence_length
     step = f"{plan.windows} windows × {length} tokens ({plan.micro_batch} windows a forward pass)"
     if plan.known_tokens is not None:
@@ -111,6 +113,18 @@ def _report_plan(plan: "Outline", as_json: bool) -> None:
     else:
         print(f"epochs      {plan.recipe.train.epochs:g}, in steps of {step};")
         print("            how many steps is known once the texts are tokenised (deepen data prepare)")
+
+
+def _print_prefix(plan: "Outline") -> None:
+    """Say what the prefix cache takes; how many tokens there are is known once the texts are tokenised."""
+    checkpoint, family = plan.base.checkpoint, plan.base.family
+    outside = (tensor for tensor in checkpoint.tensors.values() if family.split(tensor.name) is None)
+    width = min((tensor.shape[0] for tensor in outside if len(tensor.shape) == 1), default=0)  # a norm's
+    below = f"the lower {min(plan.layout.new_indices)} blocks" if plan.layout else "the lower blocks"
+    print(
+        f"prefix      {below} run once a window; a token of the texts takes {2 * width:,} B on disk in bf16,"
+    )
+    print(f"            {4 * width:,} B in fp32")
 
 
 def _report(output: Path, result: "RunResult", as_json: bool) -> None:

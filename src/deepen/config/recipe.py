@@ -280,6 +280,11 @@ class TrainSection(Section):
     """Activation checkpointing: blocks that compute their forward pass again in the backward pass to save
     memory. `auto`: as few as the memory asks for, frozen ones first. Does not change the result."""
 
+    prefix_cache: Literal["none", "disk"] = "none"
+    """`disk`: the blocks below the first that trains run once for each window; what they make of it is kept
+    beside the tokenised corpora, for later epochs and later runs. For new blocks near the top, small corpora
+    and several epochs. Takes width × 2 (bf16) or 4 bytes a token. Does not change the result."""
+
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun: `ddp`, the whole model on every device; `fsdp`, every tensor cut over the devices.
     `auto`: `ddp` where weights, gradients and optimiser take at most 60% of a device. Does not change the
@@ -353,6 +358,8 @@ class Recipe(Section):
             faults.append(f"method {train.method} trains on the base itself; remove the expand section")
         if train.match_parameters and train.method not in ("lora", "freeze"):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
+        if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
+            faults.append(f"prefix_cache has nothing to keep: method {train.method} trains in every block")
         if data and train.batch_tokens < data.sequence_length:
             faults.append(
                 f"batch_tokens {train.batch_tokens} is less than one window of "

@@ -27,12 +27,14 @@ class Batch:
         positions: int64 [windows, sequence_length]: position ids of the inputs, which part the documents
             (use_cache must be False); None: the model's own.
         trained: bool [windows, sequence_length]: which targets count in the loss; None: all.
+        numbers: int64 [windows]: number of each window among all windows of all corpora; None: not known.
     """
 
     tokens: Tokens
     sources: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64] | None = None
     trained: npt.NDArray[np.bool_] | None = None
+    numbers: npt.NDArray[np.int64] | None = None
 
     @property
     def trained_tokens(self) -> npt.NDArray[np.int64]:
@@ -93,6 +95,12 @@ class Mixture:
             how += [self._packing, self._document_masks]
         return digest_of(how)
 
+    @property
+    def windows_digest(self) -> str:
+        """Hash of all that decides what each window holds, whatever the order in which they come."""
+        corpora = [corpus.digest for corpus in self._corpora]
+        return digest_of([corpora, self.sequence_length, self._packing, self._document_masks])
+
     def steps(self, epochs: float, windows: int) -> int:
         """Return the steps of `windows` windows that hold `epochs` epochs, rounded up."""
         # Of 0.1 × 30 = 3.0000000000000004 three are meant.
@@ -125,6 +133,7 @@ class Mixture:
             sources=np.asarray([source for source, _ in places], dtype=np.int64),
             positions=np.stack(positions) if positions else None,
             trained=np.stack(trained) if trained else None,
+            numbers=np.asarray([sum(self.sizes[:source]) + index for source, index in places], np.int64),
         )
 
     def places(self, step: int, windows: int) -> list[tuple[int, int]]:

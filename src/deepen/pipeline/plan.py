@@ -96,6 +96,8 @@ def plan_run(recipe: Recipe) -> Outline:
     faults: list[str] = []
     layout = _layout(recipe, base.depth, faults)
     _check_length(recipe, base, faults)
+    if recipe.train.prefix_cache != "none" and layout and 0 in layout.new_indices:
+        faults.append("train.prefix_cache: has nothing to keep: a new block stands at the bottom")
     for place, text in _texts(recipe):
         if text.path is not None:
             _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]

@@ -14,6 +14,7 @@ from deepen.evaluation.record import nats_per_token
 from deepen.pipeline.directory import RunDirectory
 from deepen.pipeline.memory import fit_memory
 from deepen.pipeline.plan import RunPlan
+from deepen.pipeline.prefix import open_prefix
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.trainee import Trainee
@@ -21,6 +22,7 @@ from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, s
 from deepen.training.loop import Hooks, Settings, StepReport, train
 from deepen.training.metrics import MetricsLog
 from deepen.training.optimizer import build_optimizer
+from deepen.training.prefix import PrefixCache
 from deepen.training.signals import stop_on_signal
 from deepen.training.sinks import open_sinks
 from deepen.training.world import World
@@ -57,12 +59,13 @@ def train_to_the_end(
     """
     section = plan.recipe.train
     torch.manual_seed(section.seed)
+    prefix = open_prefix(plan, trainee, mixture, world, reporter)
     fit_memory(plan, trainee, world, reporter)
     optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     reporter.stage("training")
-    log = world.first_only(lambda: _Log(plan, mixture, directory, reporter, first))
+    log = world.first_only(lambda: _Log(plan, mixture, prefix, directory, reporter, first))
     if log and not first:
         log.evaluation(0, base_loss)
 
@@ -78,8 +81,8 @@ def train_to_the_end(
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
     hooks = Hooks(log=log.step if log else _ignore, evaluate=evaluate, save=save, stop=bool)
-    with closing(log) if log else nullcontext():
-        _train(plan, trainee, mixture, optimizer, hooks, first, world)
+    with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
+        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix)
     return log.seconds if log else 0.0
 
 
@@ -91,6 +94,7 @@ def _train(
     hooks: Hooks,
     first: int,
     world: World,
+    prefix: PrefixCache | None,
 ) -> None:
     """Run the loop, and leave it when a signal comes to any process."""
     with stop_on_signal(patient=world.control is not None) as asked:
@@ -104,6 +108,7 @@ def _train(
             first_step=first,
             root=trainee.root,
             world=world,
+            prefix=prefix,
         )
         if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
@@ -180,9 +185,15 @@ class _Log:
     """Turns what the loop reports into metrics lines and the live line."""
 
     def __init__(
-        self, plan: RunPlan, mixture: Mixture, directory: RunDirectory, reporter: Reporter, first: int
+        self,
+        plan: RunPlan,
+        mixture: Mixture,
+        prefix: PrefixCache | None,
+        directory: RunDirectory,
+        reporter: Reporter,
+        first: int,
     ) -> None:
-        self._plan, self._mixture, self._reporter = plan, mixture, reporter
+        self._plan, self._mixture, self._prefix, self._reporter = plan, mixture, prefix, reporter
         recipe = plan.recipe.model_dump(mode="json")
         self._stack = ExitStack()
         # First of all: a package that is not installed is said before anything is written.
@@ -227,6 +238,7 @@ class _Log:
                 "epochs": report.step * self._plan.windows / self._mixture.windows_per_epoch,
                 "source_tokens": self._source_tokens,
                 "source_epochs": {name: windows / size for name, windows, size in columns},
+                **({"prefix_windows": self._prefix.held} if self._prefix else {}),
             }
         )
         detail = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from deepen.errors import Interrupted, TrainingError
 from deepen.training.loss import IGNORED, summed_loss
 from deepen.training.parallel import Root, without_exchange
+from deepen.training.prefix import PrefixCache
 from deepen.training.schedule import learning_rate
 from deepen.training.world import World
 
@@ -36,6 +37,10 @@ class Batch(Protocol):
     @property
     def trained(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which targets count [windows, length]; None: all."""
+
+    @property
+    def numbers(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """Number of each window among all there are [windows]; needed where their states are cached."""
 
     @property
     def trained_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -122,6 +127,7 @@ def train(
     first_step: int = 0,
     root: nn.Module | None = None,
     world: World | None = None,
+    prefix: PrefixCache | None = None,
 ) -> None:
     """Train `parameters` from step `first_step` to the last.
 
@@ -136,6 +142,8 @@ def train(
         root: the model spread over processes, see `deepen.training.parallel`; default: it lies in this one.
         world: those processes. Each calls this with the same batches and takes its share of the windows;
             what is reported is the same in all.
+        prefix: what windows are below the first block that trains, so that it is computed once; needs
+            `numbers` in the batches.
 
     Raises:
         TrainingError: the loss is not finite; the parameters are those of the step before.
@@ -145,7 +153,7 @@ def train(
     model.train()
     for step in range(first_step, settings.steps):
         batch = batch_at(step, settings.windows)
-        hooks.log(_step(root, parameters, optimizer, batch, settings, step, world))
+        hooks.log(_step(root, parameters, optimizer, batch, settings, step, world, prefix))
         done = step + 1
         last = done == settings.steps
         if last or done % settings.evaluate_every == 0:
@@ -166,6 +174,7 @@ def _step(
     settings: Settings,
     step: int,
     world: World,
+    prefix: PrefixCache | None,
 ) -> StepReport:
     begin = perf_counter()
     if not world.is_first:
@@ -174,7 +183,7 @@ def _step(
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = _accumulate(root, batch, settings, world)
+    loss = _accumulate(root, batch, settings, world, prefix)
     norm = _clip(parameters, settings.clip)
     if not np.isfinite(loss) or not np.isfinite(norm):
         raise TrainingError(
@@ -194,7 +203,9 @@ def _step(
     )
 
 
-def _accumulate(root: nn.Module, batch: Batch, settings: Settings, world: World) -> float:
+def _accumulate(
+    root: nn.Module, batch: Batch, settings: Settings, world: World, prefix: PrefixCache | None
+) -> float:
     """Add up gradients over micro-batches and processes, each divided by the *step's* tokens.
 
     Every process makes as many passes as the one with most windows, as sharded weights are gathered by all
@@ -211,14 +222,22 @@ def _accumulate(root: nn.Module, batch: Batch, settings: Settings, world: World)
     passes = math.ceil(math.ceil(windows / world.size) / settings.micro_batch)
     for index in range(passes):
         counts = index < len(mine) and len(mine[index]) > 0
-        part = _part(batch, mine[index].numpy() if counts else np.zeros(1, dtype=np.int64), device)
+        rows = mine[index].numpy() if counts else np.zeros(1, dtype=np.int64)
+        part = _part(batch, rows, device)
         with without_exchange(root, last=index == passes - 1):
-            with _autocast(device, settings.autocast):
+            with _autocast(device, settings.autocast), _below(prefix, batch, rows):
                 nll = root(lambda model, part=part: summed_loss(model, *part)) * counts
             # Of gradients the mean over processes is taken: hence their number.
             (nll / (total / world.size)).backward()
         summed += nll.detach().to(summed)
     return (world.add(summed) / total).item()
+
+
+def _below(
+    prefix: PrefixCache | None, batch: Batch, rows: np.ndarray[Any, np.dtype[np.int64]]
+) -> AbstractContextManager[object]:
+    """Take some windows' states below the first block that trains from the cache, if there is one."""
+    return nullcontext() if prefix is None or batch.numbers is None else prefix.passing(batch.numbers[rows])
 
 
 def _part(
