@@ -57,12 +57,12 @@ class PrefixFile:
 
     def read(self, numbers: NDArray[np.int64]) -> torch.Tensor | None:
         """Return the states of some windows [windows, *shape], or None where one of them is not there."""
-        if not self._digests[numbers].any(axis=1).all():
+        if not all(map(self._is_whole, numbers.tolist())):
             return None
         # In torch's own memory: sums over what lies aligned otherwise come out in other last bits.
         states = torch.empty((len(numbers), *self._shape), dtype=self._dtype)
         states.view(torch.uint8).numpy().reshape(len(numbers), self._row)[:] = self._rows[numbers]
-        return states if self._check(numbers, states) else None
+        return states
 
     def write(self, numbers: NDArray[np.int64], states: torch.Tensor) -> None:
         """Write the states of some windows; those that are there stay as they are.
@@ -73,7 +73,7 @@ class PrefixFile:
         content = states.detach().to("cpu").contiguous().view(torch.uint8).numpy()
         rows = content.reshape(len(numbers), self._row)
         for number, row in zip(numbers.tolist(), rows, strict=True):
-            if not self._whole[number]:
+            if not self._is_whole(number):
                 self.held += not self._digests[number].any()
                 self._put(len(self._digests) * _DIGEST + number * self._row, row.data)
                 self._put(number * _DIGEST, memoryview(_digest(row)))
@@ -83,13 +83,12 @@ class PrefixFile:
         """Close the file."""
         os.close(self._file)
 
-    def _check(self, numbers: NDArray[np.int64], states: torch.Tensor) -> bool:
-        """Hold rows that this process neither wrote nor read before to their digests."""
-        rows = states.view(torch.uint8).numpy().reshape(len(numbers), self._row)
-        for number, row in zip(numbers.tolist(), rows, strict=True):
-            if not self._whole[number]:
-                self._whole[number] = _digest(row) == self._digests[number].tobytes()
-        return bool(self._whole[numbers].all())
+    def _is_whole(self, number: int) -> bool:
+        """Hold a row that this process neither wrote nor read before to its digest."""
+        if not self._whole[number]:
+            recorded = self._digests[number].tobytes()
+            self._whole[number] = any(recorded) and _digest(self._rows[number]) == recorded
+        return bool(self._whole[number])
 
     def _put(self, place: int, content: memoryview) -> None:
         # Not through the map: a full disk would end the process without a word.
