@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.errors import TrainingError
+from deepen.families import Family
 from deepen.model.structure import blocks_of, family_of
 from deepen.training.prefix_file import PrefixFile
 
@@ -31,18 +32,25 @@ class Prefix:
     """What lies below the first block that trains.
 
     Attributes:
-        blocks: all blocks of the model.
-        depth: how many lie below.
+        model: the model.
+        family: its family.
+        depth: how many blocks lie below.
         returned: items of the tuple that each of these returns; 0: it returns a tensor.
         width: shape of the residual stream at one position.
         dtype: its precision.
     """
 
-    blocks: nn.ModuleList
+    model: PreTrainedModel
+    family: Family
     depth: int
     returned: tuple[int, ...]
     width: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All blocks of the model as it stands: a bypass makes another list of them."""
+        return blocks_of(self.model, self.family)
 
 
 class PrefixCache:
@@ -90,7 +98,8 @@ def find_prefix(model: PreTrainedModel, autocast: torch.dtype | None = None) -> 
     Raises:
         TrainingError: there is nothing below, or it cannot be passed by.
     """
-    blocks = blocks_of(model, family_of(model))
+    family = family_of(model)
+    blocks = blocks_of(model, family)
     depth = next((i for i, block in enumerate(blocks) if _trains(block)), 0)
     if depth == 0:
         raise _refusal("nothing lies below the first block that trains")
@@ -107,26 +116,22 @@ def find_prefix(model: PreTrainedModel, autocast: torch.dtype | None = None) -> 
     if entry.random != fresh:
         raise _refusal("the lower part of the model draws random numbers, by dropout for instance")
     prefix = Prefix(
-        blocks=blocks,
+        model=model,
+        family=family,
         depth=depth,
         returned=tuple(each.items for each in below.values()),
         width=tuple(states.shape[_TRIAL.ndim :]),
         dtype=states.dtype,
     )
-    _prove(model, autocast, prefix, states, whole)
+    _prove(prefix, autocast, states, whole)
     return prefix
 
 
 _TRIAL = torch.arange(1, 15).view(2, 7)
 
 
-def _prove(
-    model: PreTrainedModel,
-    autocast: torch.dtype | None,
-    prefix: Prefix,
-    states: torch.Tensor,
-    whole: torch.Tensor,
-) -> None:
+def _prove(prefix: Prefix, autocast: torch.dtype | None, states: torch.Tensor, whole: torch.Tensor) -> None:
+    model = prefix.model
     entry = _Entry(prefix.blocks[prefix.depth], states)
     try:
         again = _trial(model, autocast, prefix.blocks, _passed_by(prefix, entry))
