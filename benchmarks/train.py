@@ -32,7 +32,8 @@ from deepen.data.batches import Batch
 from deepen.expansion import plan_layout
 from deepen.model import freeze_base, insert_blocks
 from deepen.records.provenance import capture_provenance
-from deepen.training.loop import Hooks, Settings, train
+from deepen.training.interface import Hooks, Settings
+from deepen.training.loop import train
 from deepen.training.optimizer import build_optimizer
 from deepen.training.recompute import choose_blocks, free_memory, measure_blocks, recompute
 

@@ -97,6 +97,18 @@ def test_an_epoch_of_weight_one_holds_every_window_once(corpora):
         assert len(seen) == size
 
 
+@pytest.mark.parametrize(
+    ("epochs", "windows"), [(1, 1), (1, 7), (0.5, 4), (3, 8), (2.25, 5), (0.1, 3), (1e-9, 4)]
+)
+def test_the_steps_of_some_epochs_are_the_fewest_that_hold_them(corpora, epochs, windows):
+    mixture = Mixture([(corpora[0], 1.5), (corpora[1], 0.7)], LENGTH, seed=0)
+    assert mixture.sizes == tuple(corpus.windows(LENGTH) for corpus in corpora[:2])
+    steps = mixture.steps(epochs, windows)
+    wanted = epochs * sum(mixture.counts)
+    assert steps * windows >= wanted - 1e-6
+    assert steps == 1 or (steps - 1) * windows < wanted
+
+
 def test_weights_are_exact_over_an_epoch(corpora):
     weights = (0.5, 2.0, 0.01)
     mixture = Mixture(list(zip(corpora, weights, strict=True)), LENGTH, seed=0)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from deepen.config import LoraSection
 from deepen.data.batches import Batch
 from deepen.methods import Full, Lora
-from deepen.training.loop import Hooks, Settings, train
+from deepen.training.interface import Hooks, Settings
+from deepen.training.loop import train
 from deepen.training.optimizer import build_optimizer
 from deepen.training.schedule import learning_rate
 

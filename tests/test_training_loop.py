@@ -15,7 +15,8 @@ from deepen.expansion import plan_layout
 from deepen.families import family_for
 from deepen.model import freeze_base, insert_blocks
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
-from deepen.training.loop import Hooks, Settings, train
+from deepen.training.interface import Hooks, Settings
+from deepen.training.loop import train
 from deepen.training.meters import by_block, step_blocks
 from deepen.training.metrics import MetricsLog
 from deepen.training.nonfinite import explain

@@ -75,12 +75,13 @@ def show(
     with display() as reporter:
         from deepen.checkpoint import resolve_base
         from deepen.data.preview import preview
+        from deepen.pipeline.plan import windows_per_step
         from deepen.pipeline.texts import corpus_cache, load_tokenizer, prepare_texts
 
         tokenizer = load_tokenizer(resolve_base(asked.base))
         texts = prepare_texts(asked, tokenizer, corpus_cache(asked), reporter)
     labels = [source.label for source in asked.data.sources]
-    size = max(1, round(asked.train.batch_tokens / asked.data.sequence_length))
+    size = windows_per_step(asked)
     examples = preview(texts.mixture, labels, step=step - 1, windows=size)[:windows]
     if as_json:
         print_json({"examples": examples, **_sources(asked, texts, texts.corpora)})
@@ -96,7 +97,9 @@ def _sources(recipe: "Recipe", texts: "Texts | None", corpora: "Sequence[Corpus 
     if texts is None:
         ready = [corpus is not None for corpus in corpora]
         return {"sources": [{"name": n, "ready": r} for n, r in zip(names, ready, strict=True)]}
-    counts = texts.mixture.packing_counts()
+    from deepen.pipeline.plan import windows_per_step
+
+    epochs, counts = recipe.train.epochs, texts.mixture.packing_counts()
     columns = zip(names, texts.corpora, texts.mixture.counts, counts, strict=True)
     sources = [
         {
@@ -118,6 +121,8 @@ def _sources(recipe: "Recipe", texts: "Texts | None", corpora: "Sequence[Corpus 
         "packing": recipe.data.packing,
         "document_masks": recipe.data.document_masks,
         "windows_per_epoch": texts.mixture.windows_per_epoch,
+        "epochs": epochs,
+        "steps": texts.mixture.steps(epochs, windows_per_step(recipe)) if epochs else None,
         "findings": findings,
     }
 
@@ -139,7 +144,8 @@ def _print_packing(facts: dict[str, Any]) -> None:
             f"{count.padding / count.places:.2%} padding, {count.trained / count.places:.2%} trained"
         )
     masks = "document masks" if facts["document_masks"] else "no document masks"
-    print(f"an epoch is {facts['windows_per_epoch']:,} windows; packing {facts['packing']}, {masks}")
+    asked = f" ({facts['epochs']:g}: {facts['steps']:,} steps)" if facts["steps"] else ""
+    print(f"an epoch is {facts['windows_per_epoch']:,} windows{asked}; packing {facts['packing']}, {masks}")
 
 
 def _print_example(example: "Example", number: int, tokenizer: Any) -> None:

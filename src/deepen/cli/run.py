@@ -10,7 +10,7 @@ from deepen.cli.output import human_count, print_json
 
 if TYPE_CHECKING:
     from deepen.config import Recipe
-    from deepen.pipeline.plan import RunPlan
+    from deepen.pipeline.plan import Outline
     from deepen.records import RunResult
 
 app = new_app()
@@ -82,7 +82,7 @@ def _run(recipe: "Recipe", resume: bool, overwrite: bool) -> "RunResult":
         return run_recipe(recipe, resume=resume, overwrite=overwrite, reporter=reporter)
 
 
-def _report_plan(plan: "RunPlan", as_json: bool) -> None:
+def _report_plan(plan: "Outline", as_json: bool) -> None:
     from deepen.config import dump_recipe
 
     facts = {
@@ -90,8 +90,9 @@ def _report_plan(plan: "RunPlan", as_json: bool) -> None:
         "recipe": plan.recipe,
         "layout": plan.layout.draw() if plan.layout else None,
         "parameters": plan.parameters,
-        "steps": plan.steps,
-        "tokens": plan.tokens,
+        "steps": plan.known_steps,
+        "tokens": plan.known_tokens,
+        "epochs": plan.recipe.train.epochs,
         "windows_per_step": plan.windows,
         "windows_per_forward": plan.micro_batch,
     }
@@ -103,11 +104,27 @@ def _report_plan(plan: "RunPlan", as_json: bool) -> None:
     counts = plan.parameters
     trained = "adapters" if counts.trainable is None else human_count(counts.trainable)
     print(f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; {trained} train")
+    if plan.recipe.train.prefix_cache != "none":
+        _print_prefix(plan)
     length = plan.recipe.data.sequence_length
+    step = f"{plan.windows} windows × {length} tokens ({plan.micro_batch} windows a forward pass)"
+    if plan.known_tokens is not None:
+        print(f"tokens      {human_count(plan.known_tokens)} in {plan.known_steps} steps of {step}")
+    else:
+        print(f"epochs      {plan.recipe.train.epochs:g}, in steps of {step};")
+        print("            how many steps is known once the texts are tokenised (deepen data prepare)")
+
+
+def _print_prefix(plan: "Outline") -> None:
+    """Say what the prefix cache takes; how many tokens there are is known once the texts are tokenised."""
+    checkpoint, family = plan.base.checkpoint, plan.base.family
+    outside = (tensor for tensor in checkpoint.tensors.values() if family.split(tensor.name) is None)
+    width = min((tensor.shape[0] for tensor in outside if len(tensor.shape) == 1), default=0)  # a norm's
+    below = f"the lower {min(plan.layout.new_indices)} blocks" if plan.layout else "the lower blocks"
     print(
-        f"tokens      {human_count(plan.tokens)} in {plan.steps} steps of {plan.windows} windows × "
-        f"{length} tokens ({plan.micro_batch} windows a forward pass)"
+        f"prefix      {below} run once a window; a token of the texts takes {2 * width:,} B on disk in bf16,"
     )
+    print(f"            {4 * width:,} B in fp32")
 
 
 def _report(output: Path, result: "RunResult", as_json: bool) -> None:

@@ -236,8 +236,12 @@ class TrainSection(Section):
     match_parameters: Count | None = None
     """Trainable parameters to come as near to as possible: decides `lora.rank` or `freeze.blocks`."""
 
-    tokens: Count
+    tokens: Count | None = None
     """Token budget; rounded up to whole steps."""
+
+    epochs: Positive | None = None
+    """Instead of `tokens`: passes through the mixture, 0.5 or 3 for instance; rounded up to whole steps. One
+    epoch is round(weight × windows) windows of each source, at least one."""
 
     batch_tokens: Count
     """Tokens in one optimiser step; rounded to whole windows."""
@@ -276,6 +280,11 @@ class TrainSection(Section):
     """Activation checkpointing: blocks that compute their forward pass again in the backward pass to save
     memory. `auto`: as few as the memory asks for, frozen ones first. Does not change the result."""
 
+    prefix_cache: Literal["none", "disk"] = "none"
+    """`disk`: the blocks below the first that trains run once for each window; what they make of it is kept
+    beside the tokenised corpora, for later epochs and later runs. For new blocks near the top, small corpora
+    and several epochs. Takes width × 2 (bf16) or 4 bytes a token. Does not change the result."""
+
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun: `ddp`, the whole model on every device; `fsdp`, every tensor cut over the devices.
     `auto`: `ddp` where weights, gradients and optimiser take at most 60% of a device. Does not change the
@@ -298,6 +307,12 @@ class TrainSection(Section):
 
     keep_checkpoints: Count = 2
     """Checkpoints kept; older ones are removed."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("give either tokens or epochs")
+        return self
 
 
 class EvaluateSection(Section):
@@ -343,6 +358,8 @@ class Recipe(Section):
             faults.append(f"method {train.method} trains on the base itself; remove the expand section")
         if train.match_parameters and train.method not in ("lora", "freeze"):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
+        if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
+            faults.append(f"prefix_cache has nothing to keep: method {train.method} trains in every block")
         if data and train.batch_tokens < data.sequence_length:
             faults.append(
                 f"batch_tokens {train.batch_tokens} is less than one window of "

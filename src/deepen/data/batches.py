@@ -27,12 +27,14 @@ class Batch:
         positions: int64 [windows, sequence_length]: position ids of the inputs, which part the documents
             (use_cache must be False); None: the model's own.
         trained: bool [windows, sequence_length]: which targets count in the loss; None: all.
+        numbers: int64 [windows]: number of each window among all windows of all corpora; None: not known.
     """
 
     tokens: Tokens
     sources: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64] | None = None
     trained: npt.NDArray[np.bool_] | None = None
+    numbers: npt.NDArray[np.int64] | None = None
 
     @property
     def trained_tokens(self) -> npt.NDArray[np.int64]:
@@ -50,6 +52,7 @@ class Mixture:
 
     Attributes:
         sequence_length: tokens to predict in a window.
+        sizes: windows of each corpus, once through.
         counts: windows of each corpus in one epoch.
     """
 
@@ -68,13 +71,13 @@ class Mixture:
             open_windows(corpus, sequence_length, packing, document_masks=document_masks)
             for corpus in self._corpora
         ]
-        self._windows = [len(cuts) for cuts in self._cuts]
+        self.sizes = tuple(len(cuts) for cuts in self._cuts)
         self._packing, self._document_masks = packing, document_masks
         self.sequence_length = sequence_length
         self.seed = seed
         self.counts = tuple(
             max(1, _round_half_up(weight * windows))
-            for weight, windows in zip(self._weights, self._windows, strict=True)
+            for weight, windows in zip(self._weights, self.sizes, strict=True)
         )
         self._ends = np.cumsum(self.counts, dtype=np.int64)
 
@@ -91,6 +94,12 @@ class Mixture:
         if self._packing != "stream" or self._document_masks:
             how += [self._packing, self._document_masks]
         return digest_of(how)
+
+    @property
+    def windows_digest(self) -> str:
+        """Hash of all that decides what each window holds, whatever the order in which they come."""
+        corpora = [corpus.digest for corpus in self._corpora]
+        return digest_of([corpora, self.sequence_length, self._packing, self._document_masks])
 
     def steps(self, epochs: float, windows: int) -> int:
         """Return the steps of `windows` windows that hold `epochs` epochs, rounded up."""
@@ -124,6 +133,7 @@ class Mixture:
             sources=np.asarray([source for source, _ in places], dtype=np.int64),
             positions=np.stack(positions) if positions else None,
             trained=np.stack(trained) if trained else None,
+            numbers=np.asarray([sum(self.sizes[:source]) + index for source, index in places], np.int64),
         )
 
     def places(self, step: int, windows: int) -> list[tuple[int, int]]:
@@ -136,7 +146,7 @@ class Mixture:
         sources = np.searchsorted(self._ends, positions, side="right")
         counts = np.asarray(self.counts, dtype=np.int64)[sources]
         local = positions - (self._ends[sources] - counts) + epochs * counts
-        indices = local % np.asarray(self._windows, dtype=np.int64)[sources]
+        indices = local % np.asarray(self.sizes, dtype=np.int64)[sources]
         return list(zip(sources.tolist(), indices.tolist(), strict=True))
 
 

@@ -20,6 +20,7 @@ from deepen.records import RunResult, read_record
 _HOW: Final = (
     *(("data", "cache"), ("data", "workers")),
     *(("train", "micro_batch"), ("train", "device"), ("train", "parallel"), ("train", "compile")),
+    ("train", "prefix_cache"),
     *(("train", "checkpoint_every"), ("train", "keep_checkpoints")),
 )
 

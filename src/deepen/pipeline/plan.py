@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from deepen.checkpoint import fast_fingerprint, resolve_base
 from deepen.config import Recipe, TextSet
@@ -13,12 +13,15 @@ from deepen.expansion import Base, Layout, count_parameters, open_base, plan_lay
 from deepen.families import Family
 from deepen.records import Parameters
 
+if TYPE_CHECKING:
+    from deepen.data.batches import Mixture
+
 _MICRO_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """A recipe resolved against the world.
+class Outline:
+    """A recipe resolved against the world, but for what only its tokenised texts tell.
 
     Attributes:
         recipe: what was asked.
@@ -28,9 +31,7 @@ class RunPlan:
         parameters: counted from the base's headers; tied tensors once.
         windows: windows in one optimiser step.
         micro_batch: windows in one forward pass.
-        steps: optimiser steps of the run.
-        evaluate_every: steps between evaluations.
-        checkpoint_every: steps between checkpoints.
+        known_steps: optimiser steps of the run; None: so many as make up `train.epochs`.
     """
 
     recipe: Recipe
@@ -40,29 +41,51 @@ class RunPlan:
     parameters: Parameters
     windows: int
     micro_batch: int
+    known_steps: int | None
+
+    @property
+    def known_tokens(self) -> int | None:
+        """Tokens the run will train on, where the steps are known."""
+        return self.known_steps and self._in_tokens(self.known_steps)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Least disk space of the run: the checkpoints kept and the one being written.
+
+        Each holds what trains and AdamW's two moments, in fp32. There is one even where steps are not known.
+        """
+        train, steps = self.recipe.train, self.known_steps or 1
+        written = math.ceil(steps / (train.checkpoint_every or _tenth(steps)))
+        return min(train.keep_checkpoints + 1, written) * 12 * (self.parameters.trainable or 0)
+
+    def _in_tokens(self, steps: int) -> int:
+        return steps * self.windows * self.recipe.data.sequence_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(Outline):
+    """All the numbers of a run.
+
+    Attributes:
+        steps: optimiser steps of the run.
+        evaluate_every: steps between evaluations.
+        checkpoint_every: steps between checkpoints.
+    """
+
     steps: int
     evaluate_every: int
     checkpoint_every: int
 
     @property
     def tokens(self) -> int:
-        """Tokens the run will train on: the budget rounded up to whole steps."""
-        return self.steps * self.windows * self.recipe.data.sequence_length
-
-    @property
-    def bytes_needed(self) -> int:
-        """Least disk space of the run: the checkpoints kept and the one being written.
-
-        Each holds what trains and AdamW's two moments, in fp32.
-        """
-        saved = min(self.recipe.train.keep_checkpoints + 1, math.ceil(self.steps / self.checkpoint_every))
-        return saved * 12 * (self.parameters.trainable or 0)
+        """Tokens the run will train on: those asked for, rounded up to whole steps."""
+        return self._in_tokens(self.steps)
 
 
 _T = TypeVar("_T")
 
 
-def plan_run(recipe: Recipe) -> RunPlan:
+def plan_run(recipe: Recipe) -> Outline:
     """Resolve a recipe: open the base, place the blocks, find the texts, count. Writes nothing.
 
     Raises:
@@ -73,16 +96,18 @@ def plan_run(recipe: Recipe) -> RunPlan:
     faults: list[str] = []
     layout = _layout(recipe, base.depth, faults)
     _check_length(recipe, base, faults)
+    if recipe.train.prefix_cache != "none" and layout and 0 in layout.new_indices:
+        faults.append("train.prefix_cache: has nothing to keep: a new block stands at the bottom")
     for place, text in _texts(recipe):
         if text.path is not None:
             _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]
     _check_names(recipe, faults)
     if faults:
         raise RecipeError("\n".join(faults))
-    windows = max(1, round(recipe.train.batch_tokens / recipe.data.sequence_length))
-    steps = math.ceil(recipe.train.tokens / (windows * recipe.data.sequence_length))
+    windows = windows_per_step(recipe)
+    tokens = recipe.train.tokens
     micro = recipe.train.micro_batch or max(1, _MICRO_TOKENS // recipe.data.sequence_length)
-    return RunPlan(
+    return Outline(
         recipe=recipe,
         base=base,
         fingerprint=fast_fingerprint(base.checkpoint),
@@ -90,10 +115,31 @@ def plan_run(recipe: Recipe) -> RunPlan:
         parameters=_count(recipe, base, layout),
         windows=windows,
         micro_batch=min(micro, windows),
-        steps=steps,
-        evaluate_every=recipe.train.evaluate_every or max(1, steps // 10),
-        checkpoint_every=recipe.train.checkpoint_every or max(1, steps // 10),
+        known_steps=math.ceil(tokens / (windows * recipe.data.sequence_length)) if tokens else None,
     )
+
+
+def count_steps(outline: Outline, mixture: "Mixture") -> RunPlan:
+    """Complete an outline by what the tokenised texts tell: how many steps make up the epochs asked for."""
+    train, steps = outline.recipe.train, outline.known_steps
+    if steps is None:
+        assert train.epochs is not None  # the recipe has either
+        steps = mixture.steps(train.epochs, outline.windows)
+    return RunPlan(
+        **vars(outline),
+        steps=steps,
+        evaluate_every=train.evaluate_every or _tenth(steps),
+        checkpoint_every=train.checkpoint_every or _tenth(steps),
+    )
+
+
+def windows_per_step(recipe: Recipe) -> int:
+    """Return how many windows come nearest to `train.batch_tokens`."""
+    return max(1, round(recipe.train.batch_tokens / recipe.data.sequence_length))
+
+
+def _tenth(steps: int) -> int:
+    return max(1, steps // 10)
 
 
 def _layout(recipe: Recipe, depth: int, faults: list[str]) -> Layout | None:

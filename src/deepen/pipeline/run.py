@@ -18,7 +18,7 @@ from deepen.expansion import check_space
 from deepen.model import bypass
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.place import choose_place
-from deepen.pipeline.plan import RunPlan, plan_run
+from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.texts import corpus_cache, load_evaluation, load_tokenizer, prepare_texts
@@ -66,15 +66,15 @@ def run_recipe(
         if finished:
             reporter.note(f"{asked.output}: already finished; nothing to do")
         else:
-            plan = world.first_then_rest(lambda: plan_run(asked))
-            with _opened(plan, resume, overwrite, world) as directory:
-                finished = _run(plan, directory, world, reporter)
+            outline = world.first_then_rest(lambda: plan_run(asked))
+            with _opened(outline, resume, overwrite, world) as directory:
+                finished = _run(outline, directory, world, reporter)
         world.first(lambda: complete_pages(Path(asked.output)))
     return finished
 
 
 @contextmanager
-def _opened(plan: RunPlan, resume: bool, overwrite: bool, world: World) -> Iterator[RunDirectory]:
+def _opened(plan: Outline, resume: bool, overwrite: bool, world: World) -> Iterator[RunDirectory]:
     """Let the first process open the run's directory for all."""
     recipe = plan.recipe
     if len(set(world.gather(plan.fingerprint))) > 1:
@@ -90,11 +90,15 @@ def _opened(plan: RunPlan, resume: bool, overwrite: bool, world: World) -> Itera
         yield RunDirectory(Path(recipe.output))
 
 
-def _run(plan: RunPlan, directory: RunDirectory, world: World, reporter: Reporter) -> RunResult:
-    recipe, cache = plan.recipe, corpus_cache(plan.recipe)
-    tokenizer = load_tokenizer(plan.base.checkpoint.directory)
+def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Reporter) -> RunResult:
+    recipe, cache = outline.recipe, corpus_cache(outline.recipe)
+    tokenizer = load_tokenizer(outline.base.checkpoint.directory)
     training = world.first_then_rest(lambda: prepare_texts(recipe, tokenizer, cache, reporter))
     corpora, mixture = training.corpora, training.mixture
+    plan = count_steps(outline, mixture)
+    if recipe.train.epochs:
+        windows = f"{mixture.windows_per_epoch:,} windows"
+        reporter.note(f"{recipe.train.epochs:g} × {windows} an epoch: {plan.steps:,} steps")
     texts = world.first_then_rest(lambda: load_evaluation(recipe, tokenizer, cache, corpora))
     data = {source.label: corpus.digest for source, corpus in zip(recipe.data.sources, corpora, strict=True)}
     if world.is_first and training.findings:

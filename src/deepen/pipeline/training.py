@@ -1,8 +1,8 @@
 """Training with everything a run puts round it: metrics, evaluation, checkpoints, resume, signals."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, replace
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -13,18 +13,20 @@ from deepen.errors import DataError, Interrupted
 from deepen.evaluation.record import nats_per_token
 from deepen.model.structure import blocks_of
 from deepen.pipeline.directory import RunDirectory
+from deepen.pipeline.log import RunLog
 from deepen.pipeline.memory import fit_memory
 from deepen.pipeline.plan import RunPlan
+from deepen.pipeline.prefix import open_prefix
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.trainee import Trainee
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
 from deepen.training.flops import Gauge, attained, calibration_flops, count_flops
-from deepen.training.loop import Hooks, Settings, StepReport, train
-from deepen.training.metrics import MetricsLog
+from deepen.training.interface import Hooks, Settings, StepReport
+from deepen.training.loop import train
 from deepen.training.optimizer import build_optimizer
+from deepen.training.prefix import PrefixCache
 from deepen.training.signals import stop_on_signal
-from deepen.training.sinks import open_sinks
 from deepen.training.world import World
 
 # The run is at least so many times the work of the calibration, or there is none.
@@ -62,13 +64,14 @@ def train_to_the_end(
     """
     section = plan.recipe.train
     torch.manual_seed(section.seed)
+    prefix = open_prefix(plan, trainee, mixture, world, reporter)
     fit_memory(plan, trainee, world, reporter)
     optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     gauge = _gauge(plan, trainee, world)
     reporter.stage("training")
-    log = world.first_only(lambda: _Log(plan, directory, reporter, first, gauge))
+    log = world.first_only(lambda: RunLog(plan, mixture, prefix, directory, reporter, first, gauge))
     if log and not first:
         log.evaluation(0, base_loss)
 
@@ -86,8 +89,8 @@ def train_to_the_end(
     name = _window_names(plan, mixture)
     note = log.step if log else _ignore
     hooks = Hooks(log=note, evaluate=evaluate, save=save, stop=bool, name_window=name)
-    with closing(log) if log else nullcontext():
-        _train(plan, trainee, mixture, optimizer, hooks, first, world)
+    with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
+        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix)
     return log.seconds if log else 0.0
 
 
@@ -99,6 +102,7 @@ def _train(
     hooks: Hooks,
     first: int,
     world: World,
+    prefix: PrefixCache | None,
 ) -> None:
     """Run the loop, and leave it when a signal comes to any process."""
     with stop_on_signal(patient=world.control is not None) as asked:
@@ -112,6 +116,7 @@ def _train(
             first_step=first,
             root=trainee.root,
             world=world,
+            prefix=prefix,
         )
         if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
@@ -140,7 +145,7 @@ def _gauge(plan: RunPlan, trainee: Trainee, world: World) -> Gauge:
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time
     found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []
-    return Gauge(flops_per_token=cost.total, attained=sum(found) or None)
+    return Gauge(cost=cost, attained=sum(found) or None)
 
 
 def _identity(plan: RunPlan, mixture: Mixture) -> dict[str, Any]:
@@ -204,66 +209,3 @@ def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
         evaluate_every=plan.evaluate_every,
         checkpoint_every=plan.checkpoint_every,
     )
-
-
-class _Log:
-    """Turns what the loop reports into metrics lines and the live line."""
-
-    def __init__(
-        self, plan: RunPlan, directory: RunDirectory, reporter: Reporter, first: int, gauge: Gauge
-    ) -> None:
-        self._plan, self._reporter, self._gauge = plan, reporter, gauge
-        recipe = plan.recipe.model_dump(mode="json")
-        self._stack = ExitStack()
-        # First of all: a package that is not installed is said before anything is written.
-        self._show = self._stack.enter_context(
-            open_sinks(plan.recipe.train.log, directory.root, recipe, first)
-        )
-        self.metrics = metrics = MetricsLog(directory.metrics, resume_after=first or -1)
-        self._stack.enter_context(closing(metrics))
-        self._sources = [source.label for source in plan.recipe.data.sources]
-        self._step_tokens = plan.windows * plan.recipe.data.sequence_length
-        steps = [line for line in metrics.kept if "loss" in line]
-        self.seconds: float = steps[-1]["seconds"] if steps else 0.0
-        self._source_tokens: dict[str, int] = (
-            steps[-1]["source_tokens"] if steps else dict.fromkeys(self._sources, 0)
-        )
-
-    def close(self) -> None:
-        """Close the log and everything else that shows metrics."""
-        self._stack.close()
-
-    def step(self, report: StepReport) -> None:
-        rate = self._step_tokens / report.seconds
-        speed = self._gauge.read(rate)
-        self.seconds += report.seconds
-        for source, tokens in report.sources.items():
-            self._source_tokens[self._sources[source]] += tokens
-        self._write(
-            {
-                "step": report.step,
-                "tokens": report.step * self._step_tokens,
-                "loss": report.loss,
-                "learning_rate": report.learning_rate,
-                "gradient_norm": report.gradient_norm,
-                "tokens_per_second": round(rate, 1),
-                **speed,
-                "seconds": round(self.seconds, 3),
-                "source_tokens": self._source_tokens,
-                "blocks": {str(index): asdict(block) for index, block in report.blocks.items()},
-            }
-        )
-        detail = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"
-        if "utilisation" in speed:
-            detail += f"  {speed['utilisation']:.0%} used"
-        self._reporter.progress(report.step, self._plan.steps, detail)
-
-    def evaluation(self, step: int, nats: Mapping[str, float]) -> None:
-        self._write({"step": step, "tokens": step * self._step_tokens, "evaluation": dict(nats)})
-        shown = "  ".join(f"{task} {value:.4f}" for task, value in nats.items())
-        if shown:
-            self._reporter.note(f"step {step}: {shown}")
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self.metrics.write(line)
-        self._show(line)

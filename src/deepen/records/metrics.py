@@ -32,10 +32,12 @@ class TrainingPoint(Record):
         gradient_norm: before clipping.
         tokens_per_second: over this step.
         seconds: of training so far.
+        epochs: passes through the mixture so far.
         source_tokens: tokens seen so far from each source.
         flops_per_second: executed, by the closed form of `deepen.training.flops`.
         utilisation: of what the devices attain in a square matrix product; None where that was not measured.
         blocks: block -> its figures, for each in which something trains.
+        source_epochs: windows seen so far of each source, as a share of all it has.
     """
 
     step: int
@@ -45,10 +47,12 @@ class TrainingPoint(Record):
     gradient_norm: float | None = None
     tokens_per_second: float | None = None
     seconds: float | None = None
+    epochs: float | None = None
     source_tokens: dict[str, int] = Field(default_factory=dict)
     flops_per_second: float | None = None
     utilisation: float | None = None
     blocks: dict[int, BlockPoint] = Field(default_factory=dict)
+    source_epochs: dict[str, float] = Field(default_factory=dict)
 
 
 class EvaluationPoint(Record):

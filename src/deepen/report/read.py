@@ -133,6 +133,16 @@ class RunReport:
         """Tokens seen from each source."""
         return self.training[-1].source_tokens if self.training else {}
 
+    @property
+    def source_epochs(self) -> dict[str, float]:
+        """How often each source was seen."""
+        return self.training[-1].source_epochs if self.training else {}
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes through the mixture."""
+        return self.training[-1].epochs if self.training else None
+
 
 def read_run(run_dir: Path) -> RunReport:
     """Read a finished run.

@@ -54,6 +54,12 @@ def number(value: int, noun: str) -> str:
     return f"{value} {noun}" if value == 1 else f"{value:,} {noun}s"
 
 
+def epochs(value: float) -> str:
+    """Write how often a text was gone through: 1 epoch, 0.52 epochs."""
+    written = f"{value:.3g}"
+    return f"{written}{_SPACE}{'epoch' if written == '1' else 'epochs'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What a figure means.

@@ -59,17 +59,22 @@ class Gauge:
     """Turns speed into executed FLOPs and utilisation.
 
     Attributes:
-        flops_per_token: of a step.
+        cost: of a step.
         attained: FLOPs a second that all devices of the run together attain in a product of square matrices
             (`attained`); None where it was not measured.
     """
 
-    flops_per_token: float
+    cost: TokenCost
     attained: float | None
 
-    def read(self, tokens_per_second: float) -> dict[str, float]:
-        """Return `flops_per_second`, and `utilisation` as a share where it is known."""
-        speed = self.flops_per_token * tokens_per_second
+    def read(self, tokens_per_second: float, passed_by: float = 0.0) -> dict[str, float]:
+        """Return `flops_per_second`, and `utilisation` as a share where it is known.
+
+        Args:
+            tokens_per_second: the speed.
+            passed_by: share of the tokens that were not run through what lies below (`train.prefix_cache`).
+        """
+        speed = (self.cost.total - passed_by * self.cost.below) * tokens_per_second
         figures = {"flops_per_second": float(f"{speed:.4g}")}
         return figures | ({"utilisation": round(speed / self.attained, 4)} if self.attained else {})
 

@@ -1,9 +1,8 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,109 +12,14 @@ from transformers import PreTrainedModel
 
 from deepen.errors import Interrupted, TrainingError
 from deepen.model.structure import family_of
+from deepen.training.interface import Batch, Hooks, Settings, StepReport
 from deepen.training.loss import IGNORED, summed_loss
 from deepen.training.meters import BlockReport, Blocks, by_block, gradient_norms, step_blocks
 from deepen.training.nonfinite import NotFinite, explain, find_bad_windows
 from deepen.training.parallel import Root, without_exchange
+from deepen.training.prefix import PrefixCache
 from deepen.training.schedule import learning_rate
 from deepen.training.world import World
-
-
-class Batch(Protocol):
-    """What one optimiser step reads; see `deepen.data.batches.Batch`."""
-
-    @property
-    def tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Token ids [windows, length + 1]."""
-
-    @property
-    def sources(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Index of each window's source [windows]."""
-
-    @property
-    def positions(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-        """Position ids [windows, length] that part documents; None: the model's own."""
-
-    @property
-    def trained(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
-        """Which targets count [windows, length]; None: all."""
-
-    @property
-    def trained_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Targets of each window that count [windows]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The numbers of a training run.
-
-    Attributes:
-        steps: optimiser steps of the whole run.
-        windows: windows in one step.
-        micro_batch: windows in one forward pass.
-        learning_rate: peak learning rate.
-        schedule: shape after the warm-up.
-        warmup: share of steps that warm up.
-        final_learning_rate: end of the cosine as a share of the peak.
-        clip: largest gradient norm, or None.
-        autocast: dtype of the compute, or None for the parameters' own.
-        evaluate_every: steps between evaluations.
-        checkpoint_every: steps between checkpoints.
-    """
-
-    steps: int
-    windows: int
-    micro_batch: int
-    learning_rate: float
-    schedule: Any
-    warmup: float
-    final_learning_rate: float
-    clip: float | None
-    autocast: torch.dtype | None
-    evaluate_every: int
-    checkpoint_every: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What one step measured.
-
-    Attributes:
-        step: optimiser steps done, this one included.
-        loss: mean negative log-likelihood of the step's tokens before the update, nats per token.
-        learning_rate: rate of the update.
-        gradient_norm: norm over all trainable parameters before clipping.
-        seconds: wall time of the step.
-        sources: source -> tokens of it in the step that count in the loss.
-        blocks: block -> what reached it and moved in it, for each in which something trains.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    seconds: float
-    sources: Mapping[int, int]
-    blocks: Mapping[int, BlockReport]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """What the loop calls; it knows nothing else of the world.
-
-    Attributes:
-        log: after every step.
-        evaluate: with the number of steps done, when an evaluation is due.
-        save: with the number of steps done, when a checkpoint is due.
-        stop: whether someone asked to stop.
-        name_window: what a user calls a window, of the step (from 0) and its number in the batch.
-    """
-
-    log: Callable[[StepReport], None]
-    evaluate: Callable[[int], None]
-    save: Callable[[int], None]
-    stop: Callable[[], bool]
-    name_window: Callable[[int, int], str] = lambda _, row: f"window {row}"
 
 
 def train(
@@ -129,6 +33,7 @@ def train(
     first_step: int = 0,
     root: nn.Module | None = None,
     world: World | None = None,
+    prefix: PrefixCache | None = None,
 ) -> None:
     """Train `parameters` from step `first_step` to the last.
 
@@ -143,6 +48,8 @@ def train(
         root: the model spread over processes, see `deepen.training.parallel`; default: it lies in this one.
         world: those processes. Each calls this with the same batches and takes its share of the windows;
             what is reported is the same in all.
+        prefix: what windows are below the first block that trains, so that it is computed once; needs
+            `numbers` in the batches.
 
     Raises:
         TrainingError: the loss or a gradient is not finite; the parameters are those of the step before.
@@ -154,7 +61,7 @@ def train(
     for step in range(first_step, settings.steps):
         batch = batch_at(step, settings.windows)
         try:
-            hooks.log(_step(root, parameters, blocks, optimizer, batch, settings, step, world))
+            hooks.log(_step(root, parameters, blocks, optimizer, batch, settings, step, world, prefix))
         except NotFinite as found:
             rows = _find_bad_windows(root, parameters, optimizer, batch, settings, world)
             names = [hooks.name_window(step, row) for row in rows]
@@ -180,6 +87,7 @@ def _step(
     settings: Settings,
     step: int,
     world: World,
+    prefix: PrefixCache | None,
 ) -> StepReport:
     begin = perf_counter()
     if not world.is_first:
@@ -188,7 +96,7 @@ def _step(
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = _accumulate(root, batch, settings, world)
+    loss = _accumulate(root, batch, settings, world, prefix)
     reached = gradient_norms(blocks, world)
     norm = _clip(parameters, settings.clip)
     if not np.isfinite(loss) or not np.isfinite(norm):
@@ -219,13 +127,15 @@ def _find_bad_windows(
 
     def is_finite(window: Batch) -> bool:
         optimizer.zero_grad(set_to_none=True)
-        loss = _accumulate(root, window, settings, world)
+        loss = _accumulate(root, window, settings, world, None)
         return bool(np.isfinite(loss) and np.isfinite(_clip(parameters, None)))
 
     return find_bad_windows(batch, is_finite)
 
 
-def _accumulate(root: nn.Module, batch: Batch, settings: Settings, world: World) -> float:
+def _accumulate(
+    root: nn.Module, batch: Batch, settings: Settings, world: World, prefix: PrefixCache | None
+) -> float:
     """Add up gradients over micro-batches and processes, each divided by the *step's* tokens.
 
     Every process makes as many passes as the one with most windows, as sharded weights are gathered by all
@@ -242,14 +152,22 @@ def _accumulate(root: nn.Module, batch: Batch, settings: Settings, world: World)
     passes = math.ceil(math.ceil(windows / world.size) / settings.micro_batch)
     for index in range(passes):
         counts = index < len(mine) and len(mine[index]) > 0
-        part = _part(batch, mine[index].numpy() if counts else np.zeros(1, dtype=np.int64), device)
+        rows = mine[index].numpy() if counts else np.zeros(1, dtype=np.int64)
+        part = _part(batch, rows, device)
         with without_exchange(root, last=index == passes - 1):
-            with _autocast(device, settings.autocast):
+            with _autocast(device, settings.autocast), _below(prefix, batch, rows):
                 nll = root(lambda model, part=part: summed_loss(model, *part)) * counts
             # Of gradients the mean over processes is taken: hence their number.
             (nll / (total / world.size)).backward()
         summed += nll.detach().to(summed)
     return (world.add(summed) / total).item()
+
+
+def _below(
+    prefix: PrefixCache | None, batch: Batch, rows: np.ndarray[Any, np.dtype[np.int64]]
+) -> AbstractContextManager[object]:
+    """Take some windows' states below the first block that trains from the cache, if there is one."""
+    return nullcontext() if prefix is None or batch.numbers is None else prefix.passing(batch.numbers[rows])
 
 
 def _part(
