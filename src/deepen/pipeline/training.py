@@ -58,7 +58,9 @@ def train_to_the_end(
     section = plan.recipe.train
     torch.manual_seed(section.seed)
     fit_memory(plan, trainee, world, reporter)
-    optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
+    optimizer = build_optimizer(
+        trainee.parameters, betas=section.betas, weight_decay=section.weight_decay, kind=section.optimizer
+    )
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     reporter.stage("training")

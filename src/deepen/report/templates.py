@@ -33,7 +33,11 @@ def _environment() -> Environment:
         "date": _date,
         "md": _markdown,
     }
-    environment.globals |= {"interval": wording.interval, "number": wording.number}
+    environment.globals |= {
+        "interval": wording.interval,
+        "number": wording.number,
+        "quantisation": wording.quantisation,
+    }
     return environment
 
 

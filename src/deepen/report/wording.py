@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from deepen.records import Metric
+from deepen.records import Metric, QuantisationResult
 
 _MINUS = "\N{MINUS SIGN}"
 # Between a number and its unit: the line does not break there.
@@ -52,6 +52,21 @@ def interval(low: float | None, high: float | None) -> str:
 def number(value: int, noun: str) -> str:
     """Write an exact count with its noun: 1 block, 16,000 steps."""
     return f"{value} {noun}" if value == 1 else f"{value:,} {noun}s"
+
+
+def quantisation(result: QuantisationResult) -> str:
+    """Say how the base was held in training, what that cost, and what was trained is worth without it."""
+    held = (
+        f"In training the base's {number(result.layers, 'linear layer')} were held in {result.bits} bits, "
+        f"{'unchanged' if result.unchanged else 'and changed'}."
+    )
+    costs = [
+        f"{each.task}: base {loss(each.base_quantised)} so held, {loss(each.base)} in full precision; "
+        f"trained {loss(each.trained_quantised)} and {loss(each.trained)}."
+        for each in result.losses
+    ]
+    missing = [f"What that costs was not measured: {result.unmeasured}."] if result.unmeasured else []
+    return " ".join([held, *costs, *missing])
 
 
 @dataclass(frozen=True, kw_only=True)
