@@ -4,6 +4,9 @@ The oracles are bitsandbytes' own dequantisation and transformers' own quantised
 """
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from deepen.model import base_names, load_quantised, packed_fingerprint, packed_
 from deepen.model import quantised as quantised_module
 from deepen.pipeline import training
 from deepen.pipeline.run import run_recipe
+from deepen.records import RunResult, read_record
 from deepen.training import optimizer as optimizer_module
 from deepen.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 
@@ -125,6 +129,8 @@ def test_a_base_that_is_quantised_on_disk_cannot_be_expanded(base, tmp_path):
         packed(tmp_path / "packed")
 
 
+# For runs whose losses are not looked at closely.
+SHORT = {"train__tokens": 2 * 128, "evaluate__max_tokens": 400}
 SETTINGS = {"train__quantise": "4bit", "train__optimizer": "adamw_8bit"}
 
 
@@ -220,8 +226,29 @@ def test_a_resumed_run_ends_bit_identical(base, finished, monkeypatch):
     assert {"absmax1", "absmax2", "qmap1", "qmap2", "step"} <= moments.keys()
 
 
+@pytest.mark.slow
+def test_two_replicas_do_what_one_process_does(finished):
+    root, result = finished
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    changes = ["--set", "train.micro_batch=1", "--set", f"output={root}/replicas"]
+    done = subprocess.run(
+        [*launch, "-m", "deepen", "run", str(root / "recipe.yaml"), *changes],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    # Moments of 8 bits round, so what differs in the last bit may come out a step apart.
+    assert losses(root / "replicas") == pytest.approx(losses(root / "run"), abs=1e-3)
+    ours = read_record(root / "replicas" / "result.json", RunResult).quantisation
+    assert (ours.before, ours.after) == (result.quantisation.before, result.quantisation.after)
+    assert [each.base for each in ours.losses] == pytest.approx(
+        [each.base for each in result.quantisation.losses], abs=1e-5
+    )
+
+
 def test_a_packed_layer_that_moves_is_found(base, tmp_path, monkeypatch):
-    recipe = load_recipe(write_recipe(tmp_path, base=str(base), train__quantise="8bit", train__tokens=128))
+    recipe = load_recipe(write_recipe(tmp_path, base=str(base), train__quantise="8bit", **SHORT))
     train = training.train
 
     def meddling(model, *rest, **kwargs):
@@ -236,7 +263,7 @@ def test_a_packed_layer_that_moves_is_found(base, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("method", "quantisation"), [("lora", "4bit"), ("lora", "8bit"), ("prompt", "4bit")])
 def test_adapters_train_on_a_packed_base(base, tmp_path, method, quantisation):
-    changes = {"train__method": method, "train__quantise": quantisation, "expand": None}
+    changes = {"train__method": method, "train__quantise": quantisation, "expand": None, **SHORT}
     result = run_recipe(load_recipe(write_recipe(tmp_path, base=str(base), **changes)))
     assert result.quantisation.bits == int(quantisation[0])
     for each in result.quantisation.losses:

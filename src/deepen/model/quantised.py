@@ -157,4 +157,5 @@ def _read(tensor: Tensor, value: float | None) -> torch.Tensor:
         return torch.full(tuple(tensor.shape), value, dtype=DTYPES[tensor.dtype])
     with safe_open(tensor.file, "pt") as file:
         # Copied: what is mapped from a file may lie unaligned, and sums come out in other last bits.
-        return file.get_tensor(tensor.name).clone()
+        held: torch.Tensor = file.get_tensor(tensor.name)
+    return held.clone()

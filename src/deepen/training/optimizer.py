@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final, Literal
 
@@ -53,9 +54,9 @@ def _adamw_8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> tor
     check_optimizer("adamw_8bit")
     if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
         raise TrainingError("train.optimizer: adamw_8bit cannot train sharded parameters; say parallel: ddp")
-    from bitsandbytes.optim import AdamW8bit
-
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0, betas=betas)
+    optimizer: torch.optim.Optimizer = import_module(f"{_PACKAGE}.optim").AdamW8bit(
+        groups, lr=0.0, betas=betas
+    )
     return optimizer
 
 
