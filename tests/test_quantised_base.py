@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_table import LINES
 from safetensors.torch import load_file
 from tiny_run import write_base, write_recipe
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -104,6 +105,22 @@ def test_new_blocks_are_what_the_files_hold_and_change_nothing(base, quantisatio
     assert not torch.equal(rounded, state["model.layers.1.mlp.up_proj.weight"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
+def test_every_family_is_expanded_on_a_packed_base(line, tmp_path):
+    base = line.write(tmp_path / "base")
+    layout = deepen.plan_layout(line.depth, **line.placed)
+    full = deepen.insert_blocks(deepen.load(base, dtype=FP32), layout)
+    model = packed(base)
+    before = probe_logits(model)
+    deepen.insert_blocks(model, layout)
+    assert all(torch.equal(value, before[key]) for key, value in probe_logits(model).items())
+    new, wanted = deepen.model.new_tensors(model), deepen.model.new_tensors(full)
+    assert new.keys() == wanted.keys()
+    assert all(torch.equal(new[name], wanted[name]) for name in new)
+    assert deepen.model.expansion_of(model).portable == deepen.model.expansion_of(full).portable
+
+
 def test_a_pack_goes_onto_either_base(base, tmp_path):
     model = packed(base)
     deepen.insert_blocks(model, deepen.plan_layout(3, after=[1]))
@@ -180,6 +197,16 @@ def test_a_run_learns_and_records_what_quantisation_cost(base, finished):
     on_packed = deepen.attach(packed(base), root / "run" / "blocks")
     assert found.trained_quantised == pytest.approx(evaluated(root, on_packed), abs=1e-5)
     assert len({found.base, found.base_quantised, found.trained, found.trained_quantised}) == 4
+
+
+def test_the_pages_say_so(finished):
+    root, _ = finished
+    page, card = ((root / "run" / name).read_text() for name in ("report.html", "README.md"))
+    assert "The quantised base, to the bit, before training" in page
+    assert "equal to the quantised base to the bit" in card
+    for text in (page, card):
+        assert "linear layers were held in 4 bits, unchanged" in text
+        assert "in full precision; trained" in text
 
 
 def test_the_audit_counts_what_was_not_quantised(base, finished):
