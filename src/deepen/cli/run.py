@@ -136,7 +136,8 @@ def _report(output: Path, result: "RunResult", as_json: bool) -> None:
         return
     report_comparison([output], None, None, as_json)
     if result.identity and result.audit:
-        print(f"before training: the base to the bit ({'; '.join(result.identity.checks)})")
+        held = "quantised base" if result.quantisation else "base"
+        print(f"before training: the {held} to the bit ({'; '.join(result.identity.checks)})")
         print(f"after training: {result.audit.tensors} base tensors unchanged, by hash of all bytes")
     for path in (*result.outputs, "report.html"):
         print(output / path)

@@ -233,6 +233,10 @@ class TrainSection(Section):
     prompt: PromptSection = PromptSection()
     """For method `prompt`."""
 
+    quantise: Literal["none", "8bit", "4bit"] = "none"
+    """How the frozen base is held: `8bit` (LLM.int8) or `4bit` (NF4) packs the linear layers of its blocks by
+    bitsandbytes; head, embeddings and what trains are not quantised. For `blocks`, `lora` and `prompt`."""
+
     match_parameters: Count | None = None
     """Trainable parameters to come as near to as possible: decides `lora.rank` or `freeze.blocks`."""
 
@@ -248,6 +252,10 @@ class TrainSection(Section):
 
     micro_batch: Count | None = None
     """Windows in one forward pass; default: as many as hold 16,384 tokens. Does not change the result."""
+
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` holds AdamW's two moments in 8 bits, by bitsandbytes, but for tensors of less than 4,096
+    elements."""
 
     learning_rate: Positive
     """Peak learning rate."""
@@ -356,6 +364,7 @@ class Recipe(Section):
             faults.append("method blocks needs an expand section (for example expand: {blocks: 8})")
         if train.method != "blocks" and isinstance(expand, ExpandSection):
             faults.append(f"method {train.method} trains on the base itself; remove the expand section")
+        faults += _quantisation_faults(train)
         if train.match_parameters and train.method not in ("lora", "freeze"):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
         if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
@@ -368,3 +377,28 @@ class Recipe(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return train
+
+    @field_validator("merge")
+    @classmethod
+    def _mergeable(cls, merge: bool, info: ValidationInfo) -> bool:
+        train = info.data.get("train")
+        if merge and train and train.quantise != "none" and train.method == "lora":
+            raise ValueError(
+                "an adapter is not added to quantised matrices; merge it into the unquantised base with peft"
+            )
+        return merge
+
+
+def _quantisation_faults(train: TrainSection) -> list[str]:
+    faults = []
+    if train.quantise != "none":
+        if train.method not in ("blocks", "lora", "prompt"):
+            faults.append(
+                "quantise is for methods that leave the base as it is (blocks, lora, prompt), "
+                f"not for {train.method}"
+            )
+        if train.parallel == "fsdp":
+            faults.append("quantise: packed layers cannot be cut over devices; choose parallel: ddp")
+    if train.optimizer == "adamw_8bit" and train.parallel == "fsdp":
+        faults.append("optimizer adamw_8bit: its state cannot be cut over devices; choose parallel: ddp")
+    return faults

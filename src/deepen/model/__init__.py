@@ -1,11 +1,19 @@
 """The live model: insert new blocks, attach packs, switch, freeze the base, identity. Here torch begins."""
 
 from deepen.model.dtypes import DTYPE_NAMES, DTYPES, file_dtypes, parameter_dtypes
-from deepen.model.fingerprint import base_fingerprint, base_names, base_tensors, live_fingerprint
+from deepen.model.fingerprint import (
+    base_fingerprint,
+    base_names,
+    base_tensors,
+    live_fingerprint,
+    packed_fingerprint,
+)
 from deepen.model.freeze import freeze_base, trainable_parameters
 from deepen.model.identity import LogitsComparison, compare_logits, compare_probes, probe_logits
 from deepen.model.insert import insert_blocks
 from deepen.model.pack import load, save_blocks
+from deepen.model.packed import packed_layers
+from deepen.model.quantised import check_quantisation, load_quantised
 from deepen.model.record import expansion_of, find_expansion, new_parameters, new_tensors
 from deepen.model.switch import activate, attach, attached, bypass, detach
 from deepen.model.tensors import save_tensors
@@ -21,6 +29,7 @@ __all__ = [
     "base_names",
     "base_tensors",
     "bypass",
+    "check_quantisation",
     "compare_logits",
     "compare_probes",
     "detach",
@@ -31,8 +40,11 @@ __all__ = [
     "insert_blocks",
     "live_fingerprint",
     "load",
+    "load_quantised",
     "new_parameters",
     "new_tensors",
+    "packed_fingerprint",
+    "packed_layers",
     "parameter_dtypes",
     "probe_logits",
     "save_blocks",

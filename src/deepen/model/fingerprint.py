@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint, combine_digests, fast_fingerprint, tensor_digest, workers
@@ -14,6 +15,7 @@ from deepen.errors import PackError
 from deepen.expansion.layout import Layout
 from deepen.model.dtypes import DTYPE_NAMES, DTYPES, written_dtypes
 from deepen.model.names import FileNames, file_names
+from deepen.model.packed import packed_layers, plain_state
 from deepen.model.record import find_expansion
 from deepen.model.source import source_checkpoint
 from deepen.model.structure import family_of
@@ -70,9 +72,30 @@ def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str,
     return {name: t for named in _base_parts(model, repeated=repeated) for name, t in named.items()}
 
 
-def base_names(model: PreTrainedModel) -> set[str]:
-    """Return the names of `base_tensors`, tied ones under both, at no cost."""
-    return {name for named in _base_parts(model, repeated=True, meta=True) for name in named}
+def base_names(model: PreTrainedModel, *, packed: bool = True) -> set[str]:
+    """Return the names of `base_tensors`, tied ones under both, at no cost.
+
+    Args:
+        model: expanded or not.
+        packed: also those of quantised layers, which are no longer what the files hold.
+    """
+    return {name for named in _base_parts(model, repeated=True, meta=True, packed=packed) for name in named}
+
+
+def packed_fingerprint(model: PreTrainedModel) -> str:
+    """Return a digest over all bytes of the model's quantised layers: codes, scales and biases."""
+
+    def digest(layer: tuple[str, nn.Module]) -> dict[str, bytes]:
+        held = layer[1].state_dict(prefix=f"{layer[0]}.").items()
+        # A bias follows the precision of what it is added to.
+        wide = {key: tensor.float() if key.endswith(".bias") else tensor for key, tensor in held}
+        return {key: _digest(key, tensor.detach().cpu(), "full") for key, tensor in wide.items()}
+
+    digests: dict[str, bytes] = {}
+    with ThreadPoolExecutor(workers()) as pool:
+        for found in pool.map(digest, packed_layers(model).items()):
+            digests |= found
+    return combine_digests(digests, "full")
 
 
 def _fingerprint(
@@ -84,6 +107,8 @@ def _fingerprint(
 
     def digest(item: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = item
+        if tensor.is_meta:
+            raise PackError(f"the model's tensor {name!r} is quantised: it is not what the base's file holds")
         dtype = DTYPES[dtypes[name]] if dtypes is not None else tensor.dtype
         return _digest(name, _as_stored(tensor.detach().cpu(), dtype), strength)
 
@@ -97,19 +122,22 @@ def _fingerprint(
 
 
 def _base_parts(
-    model: PreTrainedModel, *, repeated: bool, meta: bool = False
+    model: PreTrainedModel, *, repeated: bool, meta: bool = False, packed: bool = True
 ) -> Iterator[dict[str, torch.Tensor]]:
     expansion = find_expansion(model)
-    return _parts(model, expansion.layout if expansion else None, repeated=repeated, meta=meta)
+    layout = expansion.layout if expansion else None
+    return _parts(model, layout, repeated=repeated, meta=meta, packed=packed)
 
 
 def _parts(
-    model: PreTrainedModel, layout: Layout | None, *, repeated: bool, meta: bool = False
+    model: PreTrainedModel, layout: Layout | None, *, repeated: bool, meta: bool = False, packed: bool = True
 ) -> Iterator[dict[str, torch.Tensor]]:
     """`base_tensors` block by block: of fused experts, the form they have in files is a copy."""
     names, family = file_names(model), family_of(model)
     parts: dict[int | None, dict[str, torch.Tensor]] = {}
-    for name, tensor in _without_adapters(model.state_dict()).items():
+    for name, tensor in _without_adapters(plain_state(model)).items():
+        if tensor.is_meta and not packed:
+            continue
         place = family.split(name)
         block = place[0] if place else None
         if layout is None or block not in layout.new_indices:
@@ -162,6 +190,8 @@ def _equals(parts: Iterable[Mapping[str, torch.Tensor]], files: Checkpoint) -> b
             for name, live in named.items():
                 if name not in held:
                     return False
+                if live.is_meta:  # quantised: taken for what it was made from
+                    continue
                 stored = held[name].get_tensor(name).to(live.device, live.dtype)
                 if not torch.equal(stored, live):
                     return False

@@ -14,6 +14,8 @@ from deepen.families.names import generic
 from deepen.model.dtypes import FLOAT_NAMES
 from deepen.model.fingerprint import live_fingerprint
 from deepen.model.names import FileNames, file_names
+from deepen.model.packed import plain_state
+from deepen.model.quantised import fill_from_files, unpacked_files
 from deepen.model.state import (
     NEW,
     Attached,
@@ -39,7 +41,8 @@ def insert_blocks(
     Each new block is a copy of a base block whose residual writes (W^O and the feed-forward output, with
     their biases; the gain of the norm behind them, where there is one) are filled so that it adds nothing
     (arXiv 2401.02415 section 3.1). In a model that is expanded already, earlier new blocks become base; where
-    its packs are all switched off, the blocks become another pack beside them.
+    its packs are all switched off, the blocks become another pack beside them. The blocks of a model that
+    bitsandbytes holds quantised are copied from its files, where they are not.
 
     Args:
         model: a causal LM of a known family.
@@ -55,7 +58,7 @@ def insert_blocks(
     Raises:
         FamilyError: deepen does not know the model, or a block's residual writes cannot be filled.
         LayoutError: the layout is for another number of blocks, or the config cannot describe the result.
-        PackError: the model is bypassed.
+        PackError: the model is bypassed, or its files, which a quantised one is copied from, lack a tensor.
     """
     family = family_of(model)
     blocks = blocks_of(model, family)
@@ -66,6 +69,7 @@ def insert_blocks(
     if name in state.packs:
         raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
     _check_fillable(blocks, family)
+    files = unpacked_files(model)
     reordered_config(model, family, state.config, layout.origins)
     names = file_names(model)
     tensors = {index: names.of(_tensors(block, family, index)) for index, block in enumerate(blocks)}
@@ -80,11 +84,14 @@ def insert_blocks(
     copies = (_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks)
     state.packs[name] = Attached(expansion, tuple(copies))
     switch(model, state, [name])
+    if files:
+        fill_from_files(model, layout, files)
+        switch(model, state, [name])  # what was read lies on the CPU
     return model
 
 
 def _tensors(block: nn.Module, family: Family, index: int) -> dict[str, torch.Tensor]:
-    return {family.join(index, name): tensor for name, tensor in block.state_dict().items()}
+    return {family.join(index, name): tensor for name, tensor in plain_state(block).items()}
 
 
 def _inside(name: str, names: FileNames) -> str:
@@ -99,7 +106,7 @@ def _inside(name: str, names: FileNames) -> str:
 def _check_fillable(blocks: nn.ModuleList, family: Family) -> None:
     """Refuse packed weights: zero bytes of a quantised matrix need not mean zero."""
     for index, block in enumerate(blocks):
-        for name, tensor in block.state_dict().items():
+        for name, tensor in plain_state(block).items():
             if family.fill(name) is not None and tensor.dtype not in FLOAT_NAMES:
                 raise FamilyError(
                     f"tensor {family.join(index, name)!r} is {str(tensor.dtype).removeprefix('torch.')}: "

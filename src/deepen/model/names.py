@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from deepen.checkpoint import Checkpoint
 from deepen.errors import FamilyError, PackError
 from deepen.families import Family, family_for
+from deepen.model.packed import plain_state
 from deepen.model.source import source_checkpoint
 from deepen.model.structure import family_of
 
@@ -81,7 +82,7 @@ def file_names(model: PreTrainedModel, files: Checkpoint | None = None) -> FileN
         FamilyError: deepen does not know the model.
     """
     family = family_of(model)
-    first = {n: t.to("meta") for n, t in model.state_dict().items() if (family.split(n) or (0,))[0] == 0}
+    first = {n: t.to("meta") for n, t in plain_state(model).items() if (family.split(n) or (0,))[0] == 0}
     saved = family_for(model.config.to_dict(), revert_weight_conversion(model, first), type(model).__name__)
     spoken = _spoken(files or source_checkpoint(model))
     theirs = spoken if spoken and spoken.name == saved.name else saved

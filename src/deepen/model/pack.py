@@ -1,9 +1,16 @@
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from deepen.blocks import BLOCKS_NAME, check_pack, open_pack
 from deepen.checkpoint import Checkpoint, atomic_directory, resolve_base, write_file
@@ -16,6 +23,8 @@ from deepen.model.source import source_checkpoint
 from deepen.model.state import base_state
 from deepen.model.switch import attach_checked
 from deepen.model.tensors import save_tensors
+
+_SAFE: Final = {"trust_remote_code": False, "local_files_only": True}
 
 
 def save_blocks(
@@ -77,25 +86,40 @@ def load(
     """
     directory = resolve_base(base)
     if pack is None:
-        model = _pretrained(Checkpoint.open(directory), dtype)
+        model = pretrained(Checkpoint.open(directory), dtype)
         find_expansion(model)
     else:
         opened, held = open_base(directory), open_pack(pack)
         check_pack(held, opened)
-        model = _pretrained(opened.checkpoint, dtype)
+        model = pretrained(opened.checkpoint, dtype)
         attach_checked(model, held, base_state(model), Path(pack).name)
     return model.to(device).eval()
 
 
-def _pretrained(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load by transformers, which only warns where it fills a missing tensor with random numbers."""
+def model_class(checkpoint: Checkpoint) -> tuple[PretrainedConfig, Any]:
+    """Return a checkpoint's config as transformers reads it, and the auto class that makes its model."""
+    config = AutoConfig.from_pretrained(checkpoint.directory, **_SAFE)
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return config, AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
+def pretrained(checkpoint: Checkpoint, dtype: torch.dtype | None, **options: Any) -> PreTrainedModel:
+    """Load by transformers, which only warns where it fills a missing tensor with random numbers.
+
+    Args:
+        checkpoint: what to load.
+        dtype: precision in memory; None: the checkpoint's.
+        options: more arguments of `from_pretrained`.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or lacks a tensor.
+    """
     where = checkpoint.directory
-    safe = {"trust_remote_code": False, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(where, **safe)
-        causal = type(config) in AutoModelForCausalLM._model_mapping
-        auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-        model, found = auto.from_pretrained(where, dtype=dtype or "auto", output_loading_info=True, **safe)
+        _, auto = model_class(checkpoint)
+        model, found = auto.from_pretrained(
+            where, dtype=dtype or "auto", output_loading_info=True, **_SAFE, **options
+        )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{where}: transformers cannot load it: {reason[:300]}") from None

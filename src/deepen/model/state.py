@@ -120,6 +120,11 @@ def set_state(model: PreTrainedModel, state: State) -> None:
     vars(model)[_ATTRIBUTE] = state
 
 
+def forget_state(model: PreTrainedModel) -> None:
+    """Forget what is attached to a model that is given up."""
+    vars(model).pop(_ATTRIBUTE, None)
+
+
 def base_state(model: PreTrainedModel) -> State:
     """Return the state to which another pack can be added: the model as it stands is its base."""
     state, family = find_state(model), family_of(model)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from deepen.errors import FamilyError
 from deepen.families import Family, family_for
+from deepen.model.packed import packed_layers, plain_dtype, plain_layer
 
 ABSENT: Final = "deepen: the config has no such key"
 _LISTS: Final = ("layer_types", "mlp_layer_types")
@@ -42,9 +43,15 @@ def blocks_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
 
 
 def copied_block(block: nn.Module) -> nn.Module:
-    """Return a copy of a block that shares its configs: what is set on the model's later holds for it too."""
+    """Return a copy of a block that shares its configs: what is set on the model's later holds for it too.
+
+    Layers that are packed in fewer bits are ordinary ones in the copy; their values are still to be given.
+    """
     configs = (vars(module).get("config") for module in block.modules())
-    return copy.deepcopy(block, {id(config): config for config in configs if config is not None})
+    made: dict[int, Any] = {id(config): config for config in configs if config is not None}
+    dtype = plain_dtype(block)
+    made |= {id(layer): plain_layer(layer, dtype) for layer in packed_layers(block).values()}
+    return copy.deepcopy(block, made)
 
 
 def depth_config(model: PreTrainedModel, family: Family) -> dict[str, Any]:

@@ -34,11 +34,14 @@ def choose_place(plan: RunPlan, world: World) -> Place:
     asked = plan.recipe.train.parallel
     if world.control is None:
         return Place(device, "ddp")
-    return Place(device, world.first(lambda: _fitting(plan, device)) if asked == "auto" else asked)
+    if asked == "auto":
+        return Place(device, world.first(lambda: _fitting(plan, device)))
+    return Place(device, asked)
 
 
 def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
-    if device.type != "cuda":
+    train = plan.recipe.train
+    if device.type != "cuda" or train.quantise != "none" or train.optimizer == "adamw_8bit":
         return "ddp"
     counts = plan.parameters
     trainable = counts.trainable or 0  # adapters are small

@@ -19,6 +19,7 @@ from deepen.model import bypass
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run
+from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.texts import corpus_cache, load_evaluation, load_tokenizer, prepare_texts
@@ -32,7 +33,7 @@ from deepen.pipeline.trainee import (
     spread_trainee,
 )
 from deepen.pipeline.training import train_to_the_end
-from deepen.records import AuditResult, Provenance, RunResult, capture_provenance
+from deepen.records import AuditResult, Provenance, QuantisationResult, RunResult, capture_provenance
 from deepen.report import complete_pages
 from deepen.training.world import World, join_world
 
@@ -66,6 +67,7 @@ def run_recipe(
         if finished:
             reporter.note(f"{asked.output}: already finished; nothing to do")
         else:
+            world.first(lambda: check_packages(asked.train))
             outline = world.first_then_rest(lambda: plan_run(asked))
             with _opened(outline, resume, overwrite, world) as directory:
                 finished = _run(outline, directory, world, reporter)
@@ -126,7 +128,8 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         audit = _audit(plan, trainee, reporter)
         outputs = _save(plan, trainee, directory, reporter)
         _record(plan, texts, losses, base_losses, directory, outputs[0], provenance)
-        return _finish(plan, trainee, seconds, audit, outputs, directory)
+        quantisation = conclude_quantisation(plan, trainee, place, texts, base_losses, losses, reporter)
+        return _finish(plan, trainee, seconds, audit, quantisation, outputs, directory)
 
     return world.first(conclude)
 
@@ -135,6 +138,7 @@ def _audit(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> AuditResult |
     if not trainee.method.keeps_base:
         return None
     reporter.stage("auditing the base")
+    audit_quantised(plan, trainee)
     return audit_base(plan, trainee.model)
 
 
@@ -200,6 +204,7 @@ def _finish(
     trainee: Trainee,
     seconds: float,
     audit: AuditResult | None,
+    quantisation: QuantisationResult | None,
     outputs: Sequence[Path],
     directory: RunDirectory,
 ) -> RunResult:
@@ -214,6 +219,7 @@ def _finish(
         seconds=round(seconds, 2),
         identity=trainee.identity,
         audit=audit,
+        quantisation=quantisation,
         outputs=[str(path.relative_to(directory.root)) for path in outputs],
     )
     write_file(directory.result, result.model_dump_json(indent=1) + "\n")

@@ -12,7 +12,17 @@ from deepen.data.document_masks import check_document_masks
 from deepen.errors import CheckFailed
 from deepen.expansion import Fingerprint
 from deepen.methods import Method, build_method
-from deepen.model import base_fingerprint, base_names, compare_probes, insert_blocks, load, probe_logits
+from deepen.model import (
+    base_fingerprint,
+    base_names,
+    compare_probes,
+    insert_blocks,
+    load,
+    load_quantised,
+    packed_fingerprint,
+    packed_layers,
+    probe_logits,
+)
 from deepen.model.structure import blocks_of
 from deepen.pipeline.place import Place, compute_precision
 from deepen.pipeline.plan import RunPlan
@@ -32,6 +42,7 @@ class Trainee:
         parameters: what trains, by name.
         autocast: dtype of the compute where it is not the weights' own.
         identity: what was proved of the expansion.
+        packed: digest of the base's quantised layers before training; None where none is.
     """
 
     model: PreTrainedModel
@@ -40,6 +51,7 @@ class Trainee:
     parameters: dict[str, nn.Parameter]
     autocast: torch.dtype | None
     identity: IdentityResult | None
+    packed: str | None = None
 
 
 def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype | None]:
@@ -54,11 +66,16 @@ def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype
 
     Raises:
         CheckpointError: transformers cannot load it.
+        TrainingError: it is to be quantised, and bitsandbytes is not installed.
     """
     precision = compute_precision(plan, place.device)
     wide = precision == "fp32" or plan.recipe.train.method in ("full", "freeze", "scale")
     where = torch.device("cpu") if place.parallel == "fsdp" else place.device
-    model = load(plan.base.checkpoint.directory, dtype=torch.float32 if wide else None, device=where)
+    directory, dtype = plan.base.checkpoint.directory, torch.float32 if wide else None
+    if (quantisation := plan.recipe.train.quantise) != "none":
+        model = load_quantised(directory, quantisation, dtype=dtype, device=where)
+    else:
+        model = load(directory, dtype=dtype, device=where)
     return model, torch.bfloat16 if precision == "bf16" else None
 
 
@@ -85,6 +102,7 @@ def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype
         parameters=parameters,
         autocast=autocast,
         identity=identity,
+        packed=packed_fingerprint(model) if packed_layers(model) else None,
     )
 
 
@@ -133,12 +151,12 @@ def round_to_saved(trainee: Trainee, base: Checkpoint) -> None:
 
 
 def audit_base(plan: RunPlan, model: PreTrainedModel) -> AuditResult:
-    """Hash the base's tensors in the trained model against the base's files.
+    """Hash the base's tensors in the trained model, but for quantised ones, against the base's files.
 
     Raises:
         CheckFailed: a base tensor moved.
     """
-    live = base_names(model)
+    live = base_names(model, packed=False)
     dtypes = {name: tensor.dtype for name, tensor in plan.base.checkpoint.tensors.items() if name in live}
     before = full_fingerprint(plan.base.checkpoint, lambda name: name if name in dtypes else None)
     after = base_fingerprint(model, "full", dtypes)

@@ -66,7 +66,9 @@ def train_to_the_end(
     torch.manual_seed(section.seed)
     prefix = open_prefix(plan, trainee, mixture, world, reporter)
     fit_memory(plan, trainee, world, reporter)
-    optimizer = build_optimizer(trainee.parameters, betas=section.betas, weight_decay=section.weight_decay)
+    optimizer = build_optimizer(
+        trainee.parameters, betas=section.betas, weight_decay=section.weight_decay, kind=section.optimizer
+    )
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     gauge = _gauge(plan, trainee, world)

@@ -126,6 +126,51 @@ class AuditResult(Record):
     after: str
 
 
+class QuantisedLoss(Record):
+    """Loss of one text in nats per token, with the base as it was in training and in full precision.
+
+    Attributes:
+        task: name of the text.
+        role: `general` (must be kept) or `domain` (must be learned).
+        base: of the base in full precision.
+        base_quantised: of the base as it was in training; minus `base`: what quantising cost.
+        trained: of what was trained, on the base in full precision.
+        trained_quantised: of what was trained, on the base as it was in training.
+    """
+
+    task: str
+    role: Literal["general", "domain"]
+    base: float
+    base_quantised: float
+    trained: float
+    trained_quantised: float
+
+
+class QuantisationResult(Record):
+    """How the frozen base was held in training, and what that cost.
+
+    With one, `identity` compares with the quantised base, and `audit` hashes against the base's files only
+    what was not quantised; the quantised layers are hashed here.
+
+    Attributes:
+        bits: of each weight of a quantised layer.
+        layers: number of quantised layers.
+        unchanged: `after` equals `before`.
+        before: digest over all bytes of the quantised layers (codes, scales, biases) before training.
+        after: the same after training.
+        losses: of each evaluation text; empty where there was none, or as `unmeasured` says.
+        unmeasured: why the base in full precision was not scored.
+    """
+
+    bits: Literal[4, 8]
+    layers: int
+    unchanged: bool
+    before: str
+    after: str
+    losses: list[QuantisedLoss]
+    unmeasured: str | None = None
+
+
 class RunResult(Record):
     """`result.json`: written last; a run directory with it is finished."""
 
@@ -139,6 +184,7 @@ class RunResult(Record):
     seconds: float
     identity: IdentityResult | None
     audit: AuditResult | None
+    quantisation: QuantisationResult | None = None
     outputs: list[str]
 
 

@@ -33,7 +33,12 @@ def _environment() -> Environment:
         "date": _date,
         "md": _markdown,
     }
-    environment.globals |= {"interval": wording.interval, "number": wording.number, "epochs": wording.epochs}
+    environment.globals |= {
+        "interval": wording.interval,
+        "number": wording.number,
+        "epochs": wording.epochs,
+        "quantisation": wording.quantisation,
+    }
     return environment
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from deepen.records import Metric
+from deepen.records import Metric, QuantisationResult
 
 _MINUS = "\N{MINUS SIGN}"
 # Between a number and its unit: the line does not break there.
@@ -58,6 +58,21 @@ def epochs(value: float) -> str:
     """Write how often a text was gone through: 1 epoch, 0.52 epochs."""
     written = f"{value:.3g}"
     return f"{written}{_SPACE}{'epoch' if written == '1' else 'epochs'}"
+
+
+def quantisation(result: QuantisationResult) -> str:
+    """Say how the base was held in training, what that cost, and what was trained is worth without it."""
+    held = (
+        f"In training the base's {number(result.layers, 'linear layer')} were held in {result.bits} bits, "
+        f"{'unchanged' if result.unchanged else 'and changed'}."
+    )
+    costs = [
+        f"{each.task}: base {loss(each.base_quantised)} so held, {loss(each.base)} in full precision; "
+        f"trained {loss(each.trained_quantised)} and {loss(each.trained)}."
+        for each in result.losses
+    ]
+    missing = [f"What that costs was not measured: {result.unmeasured}."] if result.unmeasured else []
+    return " ".join([held, *costs, *missing])
 
 
 @dataclass(frozen=True, kw_only=True)
