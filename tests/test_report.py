@@ -1,4 +1,6 @@
 import io
+import json
+import math
 import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -22,6 +24,7 @@ from deepen.records import (
     Metric,
     Row,
     RunResult,
+    TokenShift,
     read_record,
 )
 from deepen.report import (
@@ -148,7 +151,7 @@ def test_every_drawing_has_title_and_description_and_takes_the_pages_colours(run
 
 
 def test_tables_are_for_all_readers(page):
-    assert len(page.all("table")) == len(page.all("caption")) == 5
+    assert len(page.all("table")) == len(page.all("caption")) == 6
     assert all(each.get("scope") in ("col", "row", "rowgroup") for each in page.all("th"))
     assert page.all("html") == [{"lang": "en"}]
     assert any(each.get("name") == "viewport" for each in page.all("meta"))
@@ -168,6 +171,46 @@ def test_every_number_of_the_record_is_in_the_table_and_no_other(run, page):
         assert row[1].strip() == loss(metric.base_value)
         shown = f"{change(metric.delta)} {change(metric.ci_low)} to {change(metric.ci_high)}"
         assert " ".join(row[3].split()) == shown
+
+
+def test_perplexities_and_verdicts_are_the_records(run, page):
+    record = read_record(run / "evaluation" / "heldout.json", EvaluationRecord)
+    for metric in record.metrics:
+        if metric.metric == "nats_per_token":
+            row = next(row for row in page.rows if row[0] == metric.task and len(row) == 6)
+            assert row[1:3] == [f"{math.exp(nats):.4g}" for nats in (metric.base_value, metric.value)]
+            assert row[3].startswith(f"{math.exp(metric.delta):.3g} (")
+            assert row[5].startswith(metric.verdict)
+            if metric.items_needed:
+                assert f"{metric.items_needed:,} items" in row[5]
+
+
+def test_shifts_are_shown_where_they_were_measured(tmp_path, page):
+    assert "Token by token" not in page.text
+    run = write_run(tmp_path / "run", two_texts())
+    path = run / "evaluation" / "heldout.json"
+    record = read_record(path, EvaluationRecord)
+    found = TokenShift(
+        task="tinystories", role="general", n=60, tokens=9000, unshifted=0.926, marginal=0.067, shifted=0.007,
+        kl=0.0312, kl_low=0.02, kl_high=0.04,
+    )  # fmt: skip
+    path.write_text(record.model_copy(update={"shift": [found]}).model_dump_json())
+    row = parse(write_report(run)).rows
+    assert ["tinystories9 k tokens", "92.6%", "6.7%", "0.7%", "0.031 (0.020 to 0.040)"] in [
+        [cell.replace("\xa0", " ") for cell in each] for each in row
+    ]
+
+
+def test_records_without_verdicts_are_read(tmp_path):
+    run = write_run(tmp_path / "run", two_texts())
+    path = run / "evaluation" / "heldout.json"
+    record = json.loads(path.read_text())
+    for metric in record["metrics"]:
+        for name in ("p", "p_holm", "margin", "verdict", "items_needed", "higher_is_better"):
+            del metric[name]
+    del record["shift"]
+    path.write_text(json.dumps(record))
+    assert "How sure that is" not in parse(write_report(run)).text
 
 
 def test_the_page_says_what_was_done_and_proved(page):

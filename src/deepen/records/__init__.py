@@ -12,6 +12,7 @@ from deepen.records.results import (
     Parameters,
     RunResult,
     TextResult,
+    TokenShift,
     read_record,
     read_result,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Row",
     "RunResult",
     "TextResult",
+    "TokenShift",
     "TrainingPoint",
     "capture_provenance",
     "read_metrics",

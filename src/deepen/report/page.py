@@ -6,6 +6,7 @@ from deepen.config import dump_recipe
 from deepen.report.figures import heldout_chart, training_chart
 from deepen.report.layout import draw_tower
 from deepen.report.read import RunReport, read_run
+from deepen.report.retention import describe_kept, divergence, margin_of, token_shifts
 from deepen.report.templates import render
 from deepen.report.wording import verdict
 from deepen.report.write import write_page
@@ -32,6 +33,10 @@ def render_report(report: RunReport) -> str:
         report=report,
         tower=draw_tower(report.result.layout) if report.result.layout else None,
         verdicts=[verdict(metric) for metric in report.metrics("nats_per_token")],
+        kept=describe_kept(report),
+        margin=margin_of(report),
+        shifts=token_shifts(report),
+        divergence=divergence,
         metrics=METRICS,
         units=units(report),
         charts=[chart for chart in charts if chart],

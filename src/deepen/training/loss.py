@@ -67,7 +67,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), device=states.device)
         upstream = torch.empty_like(states) if states.requires_grad else None
         gradients = [torch.zeros_like(parameter) for parameter in head]
-        with _only_head(model) as run:
+        with only_head(model) as run:
             for begin in range(0, states.shape[1], step):
                 end = begin + step
                 part = states[:, begin:end].detach().requires_grad_(upstream is not None)
@@ -123,7 +123,7 @@ class _Given(nn.Module):
 
 
 @contextmanager
-def _only_head(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def only_head(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """Give a function that turns final states into logits by the model's own forward."""
     name, base, given = model.base_model_prefix, model.base_model, _Given()
 
