@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deepen.errors import DataError
 from deepen.evaluation.record import item_weights
-from deepen.evaluation.statistics import paired_difference
+from deepen.evaluation.statistics import Interval, paired_difference
 from deepen.evaluation.verdict import holm
 from deepen.records import (
     Cell,
@@ -223,13 +222,14 @@ def _row(run: _Run, first: _Run, columns: Sequence[Sequence[str]], metric: str, 
 def _cell(run: _Run, first: _Run, tasks: Sequence[str], metric: str, seed: int) -> Cell:
     items = _pool(run, tasks)
     weights = item_weights(items, metric)
-    base = _difference(items.nll, _base_nll(items), weights, seed)
-    other = None if run is first else _difference(items.nll, _pool(first, tasks).nll, weights, seed)
-    return Cell(value=float(np.sum(items.nll) / weights.sum()), from_base=base, from_first=other)
+    base = paired_difference(items.nll, _base_nll(items), weights, seed=seed)
+    other = (
+        None
+        if run is first
+        else _difference(paired_difference(items.nll, _pool(first, tasks).nll, weights, seed=seed))
+    )
+    return Cell(value=base.value, from_base=_difference(base), from_first=other)
 
 
-def _difference(
-    nll: Sequence[float], other: Sequence[float], weights: NDArray[np.float64], seed: int
-) -> Difference:
-    interval = paired_difference(nll, other, weights, seed=seed)
-    return Difference(delta=interval.delta, ci_low=interval.ci_low, ci_high=interval.ci_high, p=interval.p)
+def _difference(found: Interval) -> Difference:
+    return Difference(delta=found.delta, ci_low=found.ci_low, ci_high=found.ci_high, p=found.p)

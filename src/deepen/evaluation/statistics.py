@@ -9,10 +9,12 @@ The interval is the studentised bootstrap ("bootstrap-t", Efron and Tibshirani, 
 Bootstrap*, 1993, section 12.5): items are drawn with replacement, each draw's ratio is divided by its own
 linearised standard error (Cochran, *Sampling Techniques*, 1977, chapter 6), and the quantiles of that pivot
 are put around the observed ratio. On skewed items it keeps its 95% where percentile and normal intervals fall
-to 88–90% at 30 items. Two corrections for few items make it a little wider: the standard error put around the
-ratio is the jackknife's, which counts the pull of long documents, and the quantiles are stretched from the
-normal's tails to Student's. Below `_FEW` items resampling has too little to draw from, and Student's t itself
-stands in.
+to 87–91% at 30 items. Three corrections for few items make it a little wider: the standard error put around
+the ratio is the jackknife's, which counts the pull of long documents; the quantiles are stretched from the
+normal's tails to Student's; and by 1 + skewness² / n, since a skewed sample of few items seldom holds the
+tail it should be drawn from. The last is our own, chosen by simulation: lognormal differences are covered 94
+times in 100 with it and 92 without (docs/statistics.md). Below `_FEW` items resampling has too little to draw
+from, and Student's t itself stands in.
 """
 
 from collections.abc import Iterator
@@ -125,11 +127,15 @@ def _infer(
     if pivot is None:
         p = 2 * float(stdtr(n - 1, -abs(ratio) / error))
         return ratio - student * error, ratio + student * error, p
-    pivot = pivot * (student / _Z_975)
+    pivot = pivot * (student / _Z_975 * (1 + _skewness(amount - ratio * weight) ** 2 / n))
     low, high = np.quantile(pivot, (0.025, 0.975))
     beyond = min(np.sum(pivot >= ratio / error), np.sum(pivot <= ratio / error))
     p = min(1.0, 2 * float(beyond + 1) / (len(pivot) + 1))
     return float(ratio - high * error), float(ratio - low * error), p
+
+
+def _skewness(residual: _Floats) -> float:
+    return float((residual**3).mean() / (residual**2).mean() ** 1.5)
 
 
 def _drawn_pivots(amount: _Floats, weight: _Floats, seed: int, resamples: int) -> _Floats | None:
