@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_run import write_base, write_recipe
 from torch.testing import assert_close
 
-SETTINGS = {"data__heldout": 0.1, "train__micro_batch": 1}
+SETTINGS = {"data__heldout": 0.1, "train__micro_batch": 1, "evaluate__shift": True}
 
 
 def run(root, *options, processes):
@@ -30,6 +30,10 @@ def run(root, *options, processes):
 def losses(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def shifts(directory):
+    return json.loads((directory / "evaluation" / "heldout.json").read_text())["shift"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,9 @@ def test_two_processes_do_what_one_does(single, parallel):
     assert ours.keys() == alone.keys()
     for name, tensor in ours.items():
         assert_close(tensor, alone[name], rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(shifts(out), shifts(single / "run"), strict=True):
+        assert mine["kl"] == pytest.approx(theirs["kl"], rel=1e-2)
+        assert mine["unshifted"] == pytest.approx(theirs["unshifted"], abs=0.02)
     result = json.loads((out / "result.json").read_text())
     assert result["audit"]["unchanged"]
     assert sorted(os.listdir(out)) == sorted(os.listdir(single / "run"))

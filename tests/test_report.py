@@ -445,6 +445,27 @@ def test_runs_are_told_apart_in_words_only_where_their_interval_does():
     ]
 
 
+def test_one_difference_among_many_is_not_enough_and_what_is_left_out_is_said():
+    columns = [Column(name="prose", role="general", pooled=True, n=9, tokens=9)]
+    found = Difference(delta=-0.2, ci_low=-0.3, ci_high=-0.1, p=0.02, p_holm=0.08)
+    rows = [Row(label=label, cells=[Cell(value=2.0)]) for label in ("base", "full")]
+    rows.append(Row(label="blocks", cells=[Cell(value=2.0, from_base=found, from_first=found)]))
+    given = Comparison(
+        metric="nats_per_token", base="b", columns=columns, rows=rows, left_out=["code: not evaluated in x"]
+    )
+    assert describe_differences(given) == [
+        "blocks against full: general loss not distinguishable, counting all comparisons "
+        "(−0.300 to −0.100; p 0.08)",
+        "left out: code: not evaluated in x",
+    ]
+    assert "p 0.08" in printed(render_table(given))
+    sure = found.model_copy(update={"p_holm": 0.0004})
+    rows[2] = Row(label="blocks", cells=[Cell(value=2.0, from_base=sure, from_first=sure)])
+    said = describe_differences(given.model_copy(update={"rows": rows}))
+    assert said[0] == "blocks against full: general loss 0.200 lower (−0.300 to −0.100)"
+    assert "p < 0.001" in printed(render_table(given.model_copy(update={"rows": rows})))
+
+
 # Words
 
 

@@ -10,7 +10,7 @@ item is discordant.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, ndtri
+from scipy.special import bdtr, ndtri  # type: ignore[import-untyped]
 
 _Z_975 = float(ndtri(0.975))
 # Halvings of [-1, 1]: to the last bit that matters.

@@ -19,8 +19,8 @@ from deepen.evaluation.heldout import Progress
 from deepen.evaluation.record import number_items
 from deepen.evaluation.statistics import paired_difference
 from deepen.evaluation.windows import batches, check_ids, evaluating, padded
+from deepen.model.head import only_head
 from deepen.records import TokenShift
-from deepen.training.loss import only_head
 
 T = TypeVar("T")
 Work = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
