@@ -190,7 +190,14 @@ def test_json_is_one_object_with_the_metrics(finished, capsys):
 def test_compare_puts_two_runs_beside_the_base(finished, tmp_path, capsys):
     root, _ = finished
     recipe = load_recipe(
-        root / "recipe.yaml", ["train.method=full", "expand=null", "merge=false", f"output={root}/full"]
+        root / "recipe.yaml",
+        [
+            "train.method=full",
+            "expand=null",
+            "merge=false",
+            "evaluate.shift=false",
+            f"output={root}/full",
+        ],
     )
     result = run_recipe(recipe)
     assert result.audit is None
