@@ -27,7 +27,7 @@ SETTINGS = {
     "train__keep_checkpoints": 3,
 }
 METHODS = {
-    "blocks": {},
+    "blocks": {"evaluate__shift": True},
     "full": {},
     "freeze": {"train__freeze__blocks": 1},
     "lora": {},
@@ -97,7 +97,6 @@ def run_by_one(recipe):
     run_recipe(load_recipe(recipe), resume=True)
 
 
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The runs of the daily suite, METHOD-ROUTE; and what two processes said."""
     root = tmp_path_factory.mktemp("distributed")
@@ -137,6 +136,10 @@ def saved(run):
     return result, load_file(file)
 
 
+def shifts(directory):
+    return json.loads((directory / "evaluation" / "heldout.json").read_text()).get("shift") or []
+
+
 def check_blocks(many, one):
     for ours, alone in zip(many, one, strict=True):
         assert ours["flops_per_second"] > 0
@@ -149,6 +152,9 @@ def check_same(root, method, route):
     many, one = root / f"{method}-{route}", root / f"{method}-one"
     assert losses(many) == pytest.approx(losses(one), abs=1e-5)
     check_blocks(steps(many), steps(one))
+    for mine, theirs in zip(shifts(many), shifts(one), strict=True):
+        assert mine["kl"] == pytest.approx(theirs["kl"], rel=1e-2)
+        assert mine["unshifted"] == pytest.approx(theirs["unshifted"], abs=0.02)
     (result, tensors), (alone, wanted) = saved(many), saved(one)
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from run_directory import PROVENANCE, items, text, write_run
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError
 from deepen.evaluation import build_record, compare_runs, nats_per_token, paired_difference
+from deepen.evaluation.verdict import holm
 
 
 def evaluation_text(task, role, documents, lengths, sizes):
@@ -137,7 +139,7 @@ def test_several_texts_of_a_role_are_also_pooled(tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (lambda: texts(0, -1)[:1], "not evaluated on the same texts.*code"),
+        (lambda: [text("other", "general", items(1.5, 0))], "not evaluated on the same texts.*code, other"),
         (
             lambda: [texts(0, -1)[0], texts(0, -1)[1].model_copy(update={"digest": "another"})],
             "not evaluated on the same texts.*code",
@@ -154,6 +156,47 @@ def test_what_cannot_be_paired_is_refused(runs, tmp_path, other, said):
     with pytest.raises(DataError, match=said) as raised:
         compare_runs([*runs, odd])
     assert str(odd) in str(raised.value)
+
+
+def test_texts_that_some_lack_are_left_out_and_named(runs, tmp_path):
+    partly = write_run(tmp_path / "partly", texts(0.1, -1)[:1])
+    found = compare_runs([*runs, partly])
+    assert [column.name for column in found.columns] == ["stories"]
+    assert found.left_out == [f"code: not evaluated in {partly}"]
+    alone = compare_runs([runs[0], partly])
+    assert alone.rows[1].cells[0].value == compare_runs(runs).rows[1].cells[0].value
+    other = write_run(tmp_path / "other", texts(0.1, -1)[1:])
+    with pytest.raises(DataError, match="no text was evaluated in all of them"):
+        compare_runs([runs[0], partly, other])
+
+
+def test_records_are_compared_as_runs_are(runs):
+    found = compare_runs([runs[0], runs[1] / "evaluation" / "heldout.json"], ["a", "b"])
+    whole = compare_runs(runs, ["a", "b"])
+    assert found.rows[2].cells == whole.rows[2].cells
+    assert (found.rows[2].method, found.rows[2].seconds) == (None, None)
+
+
+def test_p_values_are_adjusted_over_runs_and_columns(runs, tmp_path):
+    third = write_run(tmp_path / "third", texts(0.001, -1.001))
+    rows = compare_runs([*runs, third]).rows[1:]
+    for kind, count in (("from_base", 6), ("from_first", 4)):
+        found = [each for row in rows for cell in row.cells if (each := getattr(cell, kind))]
+        assert len(found) == count
+        assert [each.p_holm for each in found] == holm([each.p for each in found])
+        assert all(each.p_holm >= each.p for each in found)
+
+
+def test_verdicts_and_p_values_of_texts(many):
+    nll, other = scores(many, 1), scores(many, 3)
+    second = replace(many, task="more", role="general")
+    record = build([many, second], {"many": nll, "more": other}, {"many": nll + 1e-6, "more": other + 2.0})
+    nats = [metric for metric in record.metrics if metric.metric == "nats_per_token"]
+    assert [metric.p_holm for metric in nats] == holm([metric.p for metric in nats])
+    assert [metric.verdict for metric in record.metrics] == ["kept"] * 4
+    assert not any(metric.higher_is_better for metric in record.metrics)
+    worse = build([many], {"many": nll + 2.0}, {"many": nll}).metrics
+    assert [metric.verdict for metric in worse] == ["lost", "lost"]
 
 
 def test_unfinished_or_unevaluated_runs_are_refused(runs, tmp_path):

@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
     """A finished `blocks` run on a bf16 base, merged."""
     root = tmp_path_factory.mktemp("pipeline")
     write_base(root / "base", dtype="bfloat16")
-    recipe = write_recipe(root, merge=True)
+    recipe = write_recipe(root, merge=True, evaluate__shift=True)
     before = {path.name: path.read_bytes() for path in (root / "base").iterdir()}
     result = run_recipe(load_recipe(recipe))
     assert {path.name: path.read_bytes() for path in (root / "base").iterdir()} == before
@@ -126,6 +126,30 @@ def test_the_domain_is_learned_and_intervals_hold_the_difference(finished):
     assert learned.ci_low < learned.delta < learned.ci_high < 0
 
 
+def test_the_shift_from_the_base_is_that_of_the_saved_model(finished):
+    root, _ = finished
+    record = record_of(root)
+    assert [each.task for each in record.shift] == [text.task for text in record.texts]
+    for each, held in zip(record.shift, record.texts, strict=True):
+        assert each.unshifted + each.marginal + each.shifted == pytest.approx(1)
+        assert each.kl > 0
+        assert (each.n, each.tokens) == (len(held.items.tokens), sum(held.items.tokens))
+
+
+def test_a_verdict_stands_beside_every_difference(finished):
+    root, _ = finished
+    for metric in record_of(root).metrics:
+        assert metric.verdict in ("kept", "lost", "not enough items")
+        assert metric.p_holm >= metric.p
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_shift_needs_the_base_in_the_model(tmp_path, method):
+    recipe = write_recipe(tmp_path, train__method=method, expand=None, evaluate__shift=True)
+    with pytest.raises(RecipeError, match=f"evaluate.*method {method} does not keep"):
+        load_recipe(recipe)
+
+
 def test_metrics_have_every_step_and_evaluation(finished):
     root, _ = finished
     lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -176,7 +200,14 @@ def test_json_is_one_object_with_the_metrics(finished, capsys):
 def test_compare_puts_two_runs_beside_the_base(finished, tmp_path, capsys):
     root, _ = finished
     recipe = load_recipe(
-        root / "recipe.yaml", ["train.method=full", "expand=null", "merge=false", f"output={root}/full"]
+        root / "recipe.yaml",
+        [
+            "train.method=full",
+            "expand=null",
+            "merge=false",
+            "evaluate.shift=false",
+            f"output={root}/full",
+        ],
     )
     result = run_recipe(recipe)
     assert result.audit is None

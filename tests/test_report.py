@@ -1,4 +1,6 @@
 import io
+import json
+import math
 import re
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from deepen.records import (
     Metric,
     Row,
     RunResult,
+    TokenShift,
     read_record,
 )
 from deepen.report import (
@@ -174,6 +177,46 @@ def test_every_number_of_the_record_is_in_the_table_and_no_other(run, page):
         assert row[1].strip() == loss(metric.base_value)
         shown = f"{change(metric.delta)} {change(metric.ci_low)} to {change(metric.ci_high)}"
         assert " ".join(row[3].split()) == shown
+
+
+def test_perplexities_and_verdicts_are_the_records(run, page):
+    record = read_record(run / "evaluation" / "heldout.json", EvaluationRecord)
+    for metric in record.metrics:
+        if metric.metric == "nats_per_token":
+            row = next(row for row in page.rows if row[0] == metric.task and len(row) == 6)
+            assert row[1:3] == [f"{math.exp(nats):.4g}" for nats in (metric.base_value, metric.value)]
+            assert row[3].startswith(f"{math.exp(metric.delta):.3g} (")
+            assert row[5].startswith(metric.verdict)
+            if metric.items_needed:
+                assert f"{metric.items_needed:,} items" in row[5]
+
+
+def test_shifts_are_shown_where_they_were_measured(tmp_path, page):
+    assert "Token by token" not in page.text
+    run = write_run(tmp_path / "run", two_texts())
+    path = run / "evaluation" / "heldout.json"
+    record = read_record(path, EvaluationRecord)
+    found = TokenShift(
+        task="tinystories", role="general", n=60, tokens=9000, unshifted=0.926, marginal=0.067, shifted=0.007,
+        kl=0.0312, kl_low=0.02, kl_high=0.04,
+    )  # fmt: skip
+    path.write_text(record.model_copy(update={"shift": [found]}).model_dump_json())
+    row = parse(write_report(run)).rows
+    assert ["tinystories9 k tokens", "92.6%", "6.7%", "0.7%", "0.031 (0.020 to 0.040)"] in [
+        [cell.replace("\xa0", " ") for cell in each] for each in row
+    ]
+
+
+def test_records_without_verdicts_are_read(tmp_path):
+    run = write_run(tmp_path / "run", two_texts())
+    path = run / "evaluation" / "heldout.json"
+    record = json.loads(path.read_text())
+    for metric in record["metrics"]:
+        for name in ("p", "p_holm", "margin", "verdict", "items_needed", "higher_is_better"):
+            del metric[name]
+    del record["shift"]
+    path.write_text(json.dumps(record))
+    assert "How sure that is" not in parse(write_report(run)).text
 
 
 def test_the_page_says_what_was_done_and_proved(page):
@@ -521,6 +564,27 @@ def test_runs_are_told_apart_in_words_only_where_their_interval_does():
         "few against full: general loss not distinguishable (too few items for an interval); "
         "domain loss 0.050 higher (+0.040 to +0.060)",
     ]
+
+
+def test_one_difference_among_many_is_not_enough_and_what_is_left_out_is_said():
+    columns = [Column(name="prose", role="general", pooled=True, n=9, tokens=9)]
+    found = Difference(delta=-0.2, ci_low=-0.3, ci_high=-0.1, p=0.02, p_holm=0.08)
+    rows = [Row(label=label, cells=[Cell(value=2.0)]) for label in ("base", "full")]
+    rows.append(Row(label="blocks", cells=[Cell(value=2.0, from_base=found, from_first=found)]))
+    given = Comparison(
+        metric="nats_per_token", base="b", columns=columns, rows=rows, left_out=["code: not evaluated in x"]
+    )
+    assert describe_differences(given) == [
+        "blocks against full: general loss not distinguishable, counting all comparisons "
+        "(−0.300 to −0.100; p 0.08)",
+        "left out: code: not evaluated in x",
+    ]
+    assert "p 0.08" in printed(render_table(given))
+    sure = found.model_copy(update={"p_holm": 0.0004})
+    rows[2] = Row(label="blocks", cells=[Cell(value=2.0, from_base=sure, from_first=sure)])
+    said = describe_differences(given.model_copy(update={"rows": rows}))
+    assert said[0] == "blocks against full: general loss 0.200 lower (−0.300 to −0.100)"
+    assert "p < 0.001" in printed(render_table(given.model_copy(update={"rows": rows})))
 
 
 # Words

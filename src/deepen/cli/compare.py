@@ -13,7 +13,8 @@ app = new_app()
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="Finished runs of one base, evaluated on the same texts.")
+        list[Path],
+        typer.Argument(help="Finished runs of one base, or evaluation records, on the same texts."),
     ],
     html: Annotated[Path | None, typer.Option(help="Also write a page with the learned/kept plane.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -335,6 +335,10 @@ class EvaluateSection(Section):
     max_tokens: Count = 200_000
     """Tokens read from each text, from its beginning."""
 
+    shift: bool = False
+    """Also measure on these texts, token by token, how far the model has moved from its base: rank shift and
+    KL divergence. Costs as much as evaluating twice more. Only with method `blocks`."""
+
 
 class Recipe(Section):
     """A whole run: base → expand → train → evaluate."""
@@ -353,6 +357,16 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     merge: bool = False
     """Also write `model/`, an ordinary checkpoint with the trained blocks in it."""
+
+    @field_validator("evaluate")
+    @classmethod
+    def _holds_the_base(cls, evaluate: EvaluateSection, info: ValidationInfo) -> EvaluateSection:
+        train = info.data.get("train")
+        if evaluate.shift and train and train.method != "blocks":
+            raise ValueError(
+                f"shift needs the base inside the trained model, which method {train.method} does not keep"
+            )
+        return evaluate
 
     # On the field, not on the whole: so these are reported together with faults elsewhere in the recipe.
     @field_validator("train")

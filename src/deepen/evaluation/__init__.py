@@ -4,12 +4,15 @@
 """
 
 from deepen.evaluation.comparison import compare_runs
+from deepen.evaluation.paired import PairedItems, compare_items
 from deepen.evaluation.record import build_record, nats_per_token
 from deepen.evaluation.statistics import Interval, paired_difference, standard_error
 
 __all__ = [
     "Interval",
+    "PairedItems",
     "build_record",
+    "compare_items",
     "compare_runs",
     "nats_per_token",
     "paired_difference",

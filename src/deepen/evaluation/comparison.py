@@ -1,15 +1,15 @@
-"""Compare runs that were evaluated on the same items."""
+"""Compare runs, or records of evaluations, on the items they share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deepen.errors import DataError
 from deepen.evaluation.record import item_weights
-from deepen.evaluation.statistics import paired_difference
+from deepen.evaluation.statistics import Interval, paired_difference
+from deepen.evaluation.verdict import holm
 from deepen.records import (
     Cell,
     Column,
@@ -33,7 +33,7 @@ _SAME_BASE = 1e-2
 class _Run:
     directory: Path
     label: str
-    result: RunResult
+    result: RunResult | None
     record: EvaluationRecord
 
     def text(self, task: str) -> TextResult:
@@ -49,15 +49,17 @@ def compare_runs(
 ) -> Comparison:
     """Put finished runs beside their base: losses, paired differences from the base and from the first run.
 
+    Texts that all were evaluated on are compared; the others are named in `left_out`.
+
     Args:
-        run_dirs: run directories, each with `result.json` and `evaluation/heldout.json`.
+        run_dirs: directories of finished runs, or files of evaluation records (`heldout.json`).
         labels: names of the rows; default: the directories' names.
         metric: `nats_per_token` or `bits_per_byte`.
         seed: of the intervals' resampling.
 
     Raises:
-        DataError: a run is unfinished, was not evaluated beside its base, or was evaluated on other texts or
-            another base than the first.
+        DataError: a run is unfinished or was not evaluated beside its base; a text of one name is not the
+            same in all, or not cut into the same items; the bases differ; or no text is common to all.
     """
     if not run_dirs:
         raise DataError("compare: no run given")
@@ -68,6 +70,7 @@ def compare_runs(
     ]
     for run in runs:
         _check_comparable(runs[0], run)
+    runs, left_out = _share_texts(runs)
     columns = _columns(runs[0].record)
     return Comparison(
         metric=metric,
@@ -75,8 +78,9 @@ def compare_runs(
         columns=[_describe(runs[0], name, tasks) for name, tasks in columns],
         rows=[
             Row(label="base", cells=[_base_cell(runs[0], tasks, metric) for _, tasks in columns]),
-            *(_row(run, runs[0], [tasks for _, tasks in columns], metric, seed) for run in runs),
+            *_adjust([_row(run, runs[0], [tasks for _, tasks in columns], metric, seed) for run in runs]),
         ],
+        left_out=left_out,
     )
 
 
@@ -86,8 +90,10 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def _read(directory: Path, label: str) -> _Run:
-    result = read_result(directory)
-    record = read_record(directory / "evaluation" / "heldout.json", EvaluationRecord)
+    path, result = directory, None
+    if not directory.is_file():
+        path, result = directory / "evaluation" / "heldout.json", read_result(directory)
+    record = read_record(path, EvaluationRecord)
     if not record.texts or any(text.items.base_nll is None for text in record.texts):
         raise DataError(f"{directory}: holds no held-out texts scored beside the base; nothing to compare")
     return _Run(directory, label, result, record)
@@ -95,12 +101,15 @@ def _read(directory: Path, label: str) -> _Run:
 
 def _check_comparable(first: _Run, run: _Run) -> None:
     digests, others = ({text.task: text.digest for text in each.record.texts} for each in (first, run))
-    if differing := sorted(task for task in digests.keys() | others if digests.get(task) != others.get(task)):
+    common = [task for task in digests if task in others]
+    differing = [task for task in common if digests[task] != others[task]]
+    if differing or not common:
         raise DataError(
             f"{run.directory}: not evaluated on the same texts as {first.directory} (differs: "
-            f"{', '.join(differing)}). Evaluate both with one evaluate section and one tokenizer"
+            f"{', '.join(differing or sorted({*digests, *others}))}). "
+            "Evaluate both with one evaluate section and one tokenizer"
         )
-    for task in digests:
+    for task in common:
         ours, theirs = first.text(task).items, run.text(task).items
         if ours.tokens != theirs.tokens:
             raise DataError(f"{run.directory}: {task} is not cut into the same items as in {first.directory}")
@@ -108,6 +117,56 @@ def _check_comparable(first: _Run, run: _Run) -> None:
             raise DataError(
                 f"{run.directory}: its base scores {task} otherwise than the base of {first.directory}"
             )
+
+
+def _share_texts(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
+    """Return the runs with the texts that all have, and a line for each that some lack.
+
+    Raises:
+        DataError: no text is common to all.
+    """
+    held = {str(run.directory): {text.task for text in run.record.texts} for run in runs}
+    shared = set.intersection(*held.values())
+    if not shared:
+        raise DataError(f"{', '.join(held)}: no text was evaluated in all of them; nothing to compare")
+    every = dict.fromkeys(text.task for run in runs for text in run.record.texts)
+    left_out = [
+        f"{task}: not evaluated in {', '.join(name for name, tasks in held.items() if task not in tasks)}"
+        for task in every
+        if task not in shared
+    ]
+    return [_keep(run, shared) for run in runs], left_out
+
+
+def _keep(run: _Run, tasks: set[str]) -> _Run:
+    texts = [text for text in run.record.texts if text.task in tasks]
+    return replace(run, record=run.record.model_copy(update={"texts": texts}))
+
+
+def _adjust(rows: Sequence[Row]) -> list[Row]:
+    """Adjust the p values of all runs and columns, those from the base and those from the first run apart."""
+    cells = [cell for row in rows for cell in row.cells]
+    base = iter(_adjusted([cell.from_base for cell in cells]))
+    first = iter(_adjusted([cell.from_first for cell in cells]))
+    return [
+        row.model_copy(
+            update={
+                "cells": [
+                    cell.model_copy(update={"from_base": next(base), "from_first": next(first)})
+                    for cell in row.cells
+                ]
+            }
+        )
+        for row in rows
+    ]
+
+
+def _adjusted(differences: Sequence[Difference | None]) -> list[Difference | None]:
+    adjusted = holm([each.p if each else None for each in differences])
+    return [
+        each.model_copy(update={"p_holm": p}) if each else None
+        for each, p in zip(differences, adjusted, strict=True)
+    ]
 
 
 def _columns(record: EvaluationRecord) -> list[tuple[str, list[str]]]:
@@ -148,13 +207,14 @@ def _base_cell(run: _Run, tasks: Sequence[str], metric: str) -> Cell:
 
 
 def _row(run: _Run, first: _Run, columns: Sequence[Sequence[str]], metric: str, seed: int) -> Row:
+    result = run.result
     return Row(
         label=run.label,
         run=str(run.directory),
-        method=run.result.method,
-        trainable=run.result.parameters.trainable,
-        tokens=run.result.tokens,
-        seconds=run.result.seconds,
+        method=result.method if result else None,
+        trainable=result.parameters.trainable if result else None,
+        tokens=result.tokens if result else None,
+        seconds=result.seconds if result else None,
         cells=[_cell(run, first, tasks, metric, seed) for tasks in columns],
     )
 
@@ -162,13 +222,14 @@ def _row(run: _Run, first: _Run, columns: Sequence[Sequence[str]], metric: str, 
 def _cell(run: _Run, first: _Run, tasks: Sequence[str], metric: str, seed: int) -> Cell:
     items = _pool(run, tasks)
     weights = item_weights(items, metric)
-    base = _difference(items.nll, _base_nll(items), weights, seed)
-    other = None if run is first else _difference(items.nll, _pool(first, tasks).nll, weights, seed)
-    return Cell(value=float(np.sum(items.nll) / weights.sum()), from_base=base, from_first=other)
+    base = paired_difference(items.nll, _base_nll(items), weights, seed=seed)
+    other = (
+        None
+        if run is first
+        else _difference(paired_difference(items.nll, _pool(first, tasks).nll, weights, seed=seed))
+    )
+    return Cell(value=base.value, from_base=_difference(base), from_first=other)
 
 
-def _difference(
-    nll: Sequence[float], other: Sequence[float], weights: NDArray[np.float64], seed: int
-) -> Difference:
-    interval = paired_difference(nll, other, weights, seed=seed)
-    return Difference(delta=interval.delta, ci_low=interval.ci_low, ci_high=interval.ci_high)
+def _difference(found: Interval) -> Difference:
+    return Difference(delta=found.delta, ci_low=found.ci_low, ci_high=found.ci_high, p=found.p)

@@ -1,7 +1,6 @@
 """Held-out loss of a causal language model on windows of token ids."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch.nn import functional
 
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, TrainingError
+from deepen.evaluation.windows import batches, check_ids, evaluating, padded, vocabulary
 
 Progress = Callable[[int, int], None]
 """Called with (windows scored, windows to score)."""
@@ -74,12 +74,12 @@ def score_windows(
         DataError: a token id the model has no embedding for.
         TrainingError: the model's loss is not a finite number.
     """
-    _check_ids(model, windows)
+    check_ids(model, windows)
     device = next(model.parameters()).device
     nll = np.zeros(len(windows))
     done, total = 0, sum(len(window) > 1 for window in windows)
-    with _evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for batch in _batches(windows, min(batch_tokens, _MOST_LOGITS // _vocabulary(model))):
+    with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for batch in batches(windows, min(batch_tokens, _MOST_LOGITS // vocabulary(model))):
             nll[batch] = _score(model, [windows[index] for index in batch], device)
             done += len(batch)
             if progress:
@@ -92,48 +92,10 @@ def score_windows(
     return nll
 
 
-def _check_ids(model: Any, windows: Sequence[NDArray[np.int64]]) -> None:
-    known = _vocabulary(model)
-    for window in windows:
-        if window.size and not 0 <= int(window.min()) <= int(window.max()) < known:
-            raise DataError(
-                f"evaluate: token id {int(window.max())} but the model has {known} embeddings; "
-                "its tokenizer is another model's"
-            )
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off; on exit every module is in the mode it was in, also where they differed."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _batches(windows: Sequence[NDArray[np.int64]], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield indices of windows of like length, longest first so that a lack of memory shows at once."""
-    scored = (index for index, window in enumerate(windows) if len(window) > 1)
-    order = sorted(scored, key=lambda index: -len(windows[index]))
-    start = 0
-    while start < len(order):
-        rows = max(batch_tokens // len(windows[order[start]]), 1)
-        yield order[start : start + rows]
-        start += rows
-
-
 def _score(model: Any, windows: Sequence[NDArray[np.int64]], device: torch.device) -> NDArray[np.float64]:
-    ids = torch.zeros(len(windows), len(windows[0]), dtype=torch.int64)
+    ids = padded(windows)
     labels = torch.full_like(ids, _IGNORED)
     for row, window in enumerate(windows):
-        ids[row, : len(window)] = torch.from_numpy(np.asarray(window, dtype=np.int64))
         labels[row, : len(window) - 1] = ids[row, 1 : len(window)]
     # The last column predicts nothing, so it is not computed.
     logits = model(input_ids=ids[:, :-1].to(device), use_cache=False).logits

@@ -9,9 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from deepen.data.evaluation_text import EvaluationText
 from deepen.evaluation.statistics import paired_difference, standard_error
-from deepen.records import EvaluationRecord, Items, Metric, Provenance, TextResult
+from deepen.evaluation.verdict import adjust, settle
+from deepen.records import EvaluationRecord, Items, Metric, Provenance, TextResult, TokenShift
 
 METRICS = ("nats_per_token", "bits_per_byte")
+MARGIN = 0.01
+"""Largest loss that counts as kept: 0.01 nats per token is one per cent of perplexity."""
 ENOUGH_DOCUMENTS = 30
 """With fewer documents the items are windows; there are more, though those of one document are alike."""
 
@@ -25,6 +28,8 @@ def build_record(
     base: str,
     provenance: Provenance,
     seed: int = 0,
+    margin: float = MARGIN,
+    shift: Sequence[TokenShift] = (),
 ) -> EvaluationRecord:
     """Make the record of an evaluation.
 
@@ -36,6 +41,8 @@ def build_record(
         base: name or path of the base.
         provenance: of this evaluation.
         seed: of the intervals' resampling.
+        margin: largest loss that still counts as kept, in nats per token and in bits per byte.
+        shift: of each text, where it was measured.
     """
     results = [
         _text_result(text, nll[text.task], base_nll[text.task] if base_nll else None) for text in texts
@@ -44,9 +51,19 @@ def build_record(
         metric
         for result in results
         for name in METRICS
-        if (metric := item_metric(result.items, result.task, result.role, name, seed=seed))
+        if (metric := item_metric(result.items, result.task, result.role, name, seed=seed, margin=margin))
     ]
-    return EvaluationRecord(model=model, base=base, metrics=metrics, texts=results, provenance=provenance)
+    # Holm over texts: the two units of one loss are one question.
+    by_unit = {name: iter(adjust([each for each in metrics if each.metric == name])) for name in METRICS}
+    metrics = [next(by_unit[metric.metric]) for metric in metrics]
+    return EvaluationRecord(
+        model=model,
+        base=base,
+        metrics=metrics,
+        texts=results,
+        shift=list(shift),
+        provenance=provenance,
+    )
 
 
 def nats_per_token(
@@ -57,7 +74,13 @@ def nats_per_token(
 
 
 def item_metric(
-    items: Items, task: str, role: Literal["general", "domain"], metric: str, *, seed: int = 0
+    items: Items,
+    task: str,
+    role: Literal["general", "domain"],
+    metric: str,
+    *,
+    seed: int = 0,
+    margin: float = MARGIN,
 ) -> Metric | None:
     """Compute one metric of a text's items; None where its denominator is zero."""
     weights = item_weights(items, metric)
@@ -68,7 +91,7 @@ def item_metric(
         error = standard_error(items.nll, weights)
         return Metric(task=task, role=role, metric=metric, value=value, stderr=error, n=len(weights))
     interval = paired_difference(items.nll, items.base_nll, weights, seed=seed)
-    return Metric(
+    found = Metric(
         task=task,
         role=role,
         metric=metric,
@@ -79,7 +102,9 @@ def item_metric(
         delta=interval.delta,
         ci_low=interval.ci_low,
         ci_high=interval.ci_high,
+        p=interval.p,
     )
+    return settle(found, margin=margin, error=interval.error, units=interval.n)
 
 
 def item_weights(items: Items, metric: str) -> NDArray[np.float64]:
@@ -89,13 +114,18 @@ def item_weights(items: Items, metric: str) -> NDArray[np.float64]:
     return np.asarray(items.bytes, dtype=np.float64) * math.log(2)
 
 
+def number_items(text: EvaluationText) -> tuple[Literal["document", "window"], NDArray[np.int64]]:
+    """Return what the items of a text are and the item each window belongs to, counted from 0: [windows]."""
+    _, item = np.unique(text.document, return_inverse=True)
+    if item.max(initial=-1) + 1 < ENOUGH_DOCUMENTS:
+        return "window", np.arange(len(text.windows))
+    return "document", item.astype(np.int64)
+
+
 def _text_result(
     text: EvaluationText, nll: NDArray[np.float64], base_nll: NDArray[np.float64] | None
 ) -> TextResult:
-    _, item = np.unique(text.document, return_inverse=True)
-    unit: Literal["document", "window"] = "document"
-    if item.max(initial=-1) + 1 < ENOUGH_DOCUMENTS:
-        unit, item = "window", np.arange(len(text.windows))
+    unit, item = number_items(text)
 
     def total(column: ArrayLike) -> NDArray[np.float64]:
         return np.bincount(item, weights=np.asarray(column, dtype=np.float64)).astype(np.float64)

@@ -21,7 +21,7 @@ from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
 from deepen.pipeline.reporter import Reporter, Silent
-from deepen.pipeline.scoring import score_texts
+from deepen.pipeline.scoring import score_texts, shift_texts
 from deepen.pipeline.texts import corpus_cache, load_evaluation, load_tokenizer, prepare_texts
 from deepen.pipeline.trainee import (
     Trainee,
@@ -33,7 +33,14 @@ from deepen.pipeline.trainee import (
     spread_trainee,
 )
 from deepen.pipeline.training import train_to_the_end
-from deepen.records import AuditResult, Provenance, QuantisationResult, RunResult, capture_provenance
+from deepen.records import (
+    AuditResult,
+    Provenance,
+    QuantisationResult,
+    RunResult,
+    TokenShift,
+    capture_provenance,
+)
 from deepen.report import complete_pages
 from deepen.training.world import World, join_world
 
@@ -122,16 +129,28 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
     round_to_saved(trainee, plan.base.checkpoint)
     reporter.stage("evaluating the trained model")
     losses = score_texts(trainee.root, texts, world, autocast=autocast, progress=reporter.progress)
+    shift = _shift(plan, trainee, texts, world, reporter)
     trainee = assemble_trainee(trainee, world)
 
     def conclude() -> RunResult:
         audit = _audit(plan, trainee, reporter)
         outputs = _save(plan, trainee, directory, reporter)
-        _record(plan, texts, losses, base_losses, directory, outputs[0], provenance)
+        _record(plan, texts, losses, base_losses, shift, directory, outputs[0], provenance)
         quantisation = conclude_quantisation(plan, trainee, place, texts, base_losses, losses, reporter)
         return _finish(plan, trainee, seconds, audit, quantisation, outputs, directory)
 
     return world.first(conclude)
+
+
+def _shift(
+    plan: RunPlan, trainee: Trainee, texts: Sequence[EvaluationText], world: World, reporter: Reporter
+) -> list[TokenShift]:
+    if not (plan.recipe.evaluate.shift and texts):
+        return []
+    reporter.stage("comparing with the base token by token")
+    return shift_texts(
+        trainee.root, texts, world, bypass, autocast=trainee.autocast, progress=reporter.progress
+    )
 
 
 def _audit(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> AuditResult | None:
@@ -157,12 +176,19 @@ def _record(
     texts: Sequence[EvaluationText],
     losses: Losses,
     base_losses: Losses,
+    shift: Sequence[TokenShift],
     directory: RunDirectory,
     model: Path,
     provenance: Provenance,
 ) -> None:
     record = build_record(
-        texts, losses, base_losses, model=str(model), base=plan.recipe.base, provenance=provenance
+        texts,
+        losses,
+        base_losses,
+        model=str(model),
+        base=plan.recipe.base,
+        provenance=provenance,
+        shift=shift,
     )
     write_file(directory.evaluation / "heldout.json", record.model_dump_json(indent=1) + "\n")
 

@@ -1,7 +1,8 @@
 """Held-out evaluation by all processes of a run, each scoring a share of the windows."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import nn
 
 from deepen.data.evaluation_text import EvaluationText
 from deepen.evaluation.heldout import Progress, evaluate_texts
+from deepen.evaluation.shift import Shift, comparing, measure_shift, summarise_shift
+from deepen.records import TokenShift
 from deepen.training.parallel import plain_root, release
 from deepen.training.world import World
 
@@ -35,7 +38,7 @@ def score_texts(
     model = _Everywhere(plain_root(root), world)
     mine = [replace(text, windows=text.windows[world.rank :: world.size]) for text in texts]
     found = evaluate_texts(model, mine, autocast=autocast, progress=progress)
-    model.wait(autocast)
+    model.wait(autocast, lambda model: model(input_ids=_token(model), use_cache=False))
     release(root)
     shares = world.gather(found)
     if world.size == 1:
@@ -45,6 +48,36 @@ def score_texts(
         for task, values in losses.items():
             whole[task][rank :: world.size] = values
     return whole
+
+
+def shift_texts(
+    root: nn.Module,
+    texts: Sequence[EvaluationText],
+    world: World,
+    base: Callable[[Any], AbstractContextManager[object]],
+    *,
+    autocast: torch.dtype | None,
+    progress: Progress | None = None,
+) -> list[TokenShift]:
+    """Return how far the model has moved from its base on each text, in every process.
+
+    Arguments as `score_texts`, and `base` as `measure_shift`.
+    """
+    model = _Everywhere(plain_root(root), world)
+    windows = [window for text in texts for window in text.windows]
+    mine = windows[world.rank :: world.size]
+    found = measure_shift(model, mine, base, autocast=autocast, progress=progress, call=model.call)
+    model.wait(autocast, lambda model: comparing(base, _token(model))(model))
+    release(root)
+    whole = {name: np.zeros(len(windows), column.dtype) for name, column in asdict(found).items()}
+    for rank, share in enumerate(world.gather(found)):
+        for name, column in asdict(share).items():
+            whole[name][rank :: world.size] = column
+    return summarise_shift(texts, Shift(**whole))
+
+
+def _token(model: Any) -> torch.Tensor:
+    return torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
 
 class _Everywhere:
@@ -58,16 +91,24 @@ class _Everywhere:
         self._root, self._world = root, world
 
     def __call__(self, **inputs: Any) -> Any:
+        return self.call(lambda model: model(**inputs))
+
+    def call(self, work: Callable[[Any], Any]) -> Any:
+        """Return what `work` makes of the model."""
         self._world.any(True)
-        return self._root(lambda model: model(**inputs))
+        return self._root(work)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._root.model, name)
 
     @torch.no_grad()
-    def wait(self, autocast: torch.dtype | None) -> None:
-        """Take part in the others' passes until no one has a window left."""
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+    def wait(self, autocast: torch.dtype | None, work: Callable[[Any], Any]) -> None:
+        """Take part in the others' passes until no one has a window left.
+
+        Args:
+            autocast: as in the others' passes.
+            work: the same as theirs, on next to nothing.
+        """
         while self._world.any(False):
             with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-                self._root(lambda model: model(input_ids=token, use_cache=False))
+                self._root(work)

@@ -15,6 +15,7 @@ from deepen.records.results import (
     QuantisedLoss,
     RunResult,
     TextResult,
+    TokenShift,
     read_record,
     read_result,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Row",
     "RunResult",
     "TextResult",
+    "TokenShift",
     "TrainingPoint",
     "capture_provenance",
     "read_metrics",

@@ -2,15 +2,27 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from deepen.records.results import Record
 
 
 class Difference(Record):
-    """A paired difference on the same items and its 95% interval (None with too few items)."""
+    """A paired difference on the same items.
+
+    Attributes:
+        delta: the difference.
+        ci_low: lower end of its 95% interval; None with too few items.
+        ci_high: upper end.
+        p: two-sided p of no difference, of this one alone.
+        p_holm: the same, adjusted for all runs and columns of the comparison (Holm).
+    """
 
     delta: float
     ci_low: float | None
     ci_high: float | None
+    p: float | None = None
+    p_holm: float | None = None
 
 
 class Cell(Record):
@@ -58,10 +70,19 @@ class Row(Record):
 
 
 class Comparison(Record):
-    """Rows: the base, then each run in the order given."""
+    """Rows: the base, then each run in the order given.
+
+    Attributes:
+        metric: unit of the losses.
+        base: name or path of the base, as the first run has it.
+        columns: what is compared.
+        rows: the base and the runs.
+        left_out: texts that not every run was evaluated on, with the runs that lack them, a line each.
+    """
 
     format_version: Literal[1] = 1
     metric: str
     base: str
     columns: list[Column]
     rows: list[Row]
+    left_out: list[str] = Field(default_factory=list)

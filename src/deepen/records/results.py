@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepen.errors import DataError
 from deepen.records.provenance import Provenance
@@ -19,8 +19,8 @@ class Metric(Record):
 
     Attributes:
         task: name of the text or task.
-        role: `general` (must be kept) or `domain` (must be learned).
-        metric: `nats_per_token` or `bits_per_byte`.
+        role: `general` (must be kept) or `domain` (must be learned); None where the task stands for neither.
+        metric: `nats_per_token`, `bits_per_byte`, or the name of a task's score.
         value: of the model evaluated.
         stderr: standard error of `value` over items.
         n: number of items.
@@ -28,10 +28,16 @@ class Metric(Record):
         delta: value − base_value, paired by item.
         ci_low: lower end of the 95% interval of `delta`.
         ci_high: upper end.
+        higher_is_better: which sign of `delta` is a gain.
+        p: two-sided p of `delta` being 0, of this metric alone.
+        p_holm: the same, adjusted for the tasks reported together (Holm).
+        margin: the loss that `verdict` is about, in the metric's own unit.
+        verdict: `kept`: a loss above `margin` is ruled out at 95%; `lost`: it is shown; or neither.
+        items_needed: items in all that would likely decide; None where it is decided or cannot be said.
     """
 
     task: str
-    role: Literal["general", "domain"]
+    role: Literal["general", "domain"] | None = None
     metric: str
     value: float
     stderr: float | None
@@ -40,6 +46,12 @@ class Metric(Record):
     delta: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
+    higher_is_better: bool = False
+    p: float | None = None
+    p_holm: float | None = None
+    margin: float | None = None
+    verdict: Literal["kept", "lost", "not enough items"] | None = None
+    items_needed: int | None = None
 
 
 class Items(Record):
@@ -77,14 +89,46 @@ class TextResult(Record):
     items: Items
 
 
+class TokenShift(Record):
+    """How far the model has moved from its base on one text, token by token.
+
+    Attributes:
+        task: name of the text.
+        role: `general` or `domain`.
+        n: number of items; intervals resample these.
+        tokens: predicted tokens.
+        unshifted: share of them where the model's most likely token is the base's too.
+        marginal: share where it is the base's second or third.
+        shifted: share where it is further down. The three add up to 1.
+        kl: KL(base ‖ model) over the vocabulary, in nats per token.
+        kl_low: lower end of its 95% interval; None with fewer than two items.
+        kl_high: upper end.
+    """
+
+    task: str
+    role: Literal["general", "domain"]
+    n: int
+    tokens: int
+    unshifted: float
+    marginal: float
+    shifted: float
+    kl: float
+    kl_low: float | None
+    kl_high: float | None
+
+
 class EvaluationRecord(Record):
-    """`evaluation/heldout.json`: held-out loss on every text of a run."""
+    """`evaluation/heldout.json`: held-out loss on every text of a run.
+
+    `shift` is empty where the recipe does not ask for it.
+    """
 
     format_version: Literal[1] = 1
     model: str
     base: str
     metrics: list[Metric]
     texts: list[TextResult]
+    shift: list[TokenShift] = Field(default_factory=list)
     provenance: Provenance
 
 

@@ -10,10 +10,12 @@ from rich.text import Text
 from deepen.records import Cell, Comparison, Difference
 from deepen.report.figures import plane_chart
 from deepen.report.page import METRICS
+from deepen.report.retention import p_value
 from deepen.report.templates import render
 from deepen.report.wording import change, interval, loss
 from deepen.report.write import write_page
 
+_LEVEL = 0.05
 _MEANING = {"general": "must be kept", "domain": "must be learned"}
 
 
@@ -58,35 +60,38 @@ def render_table(comparison: Comparison) -> Table:
 
 
 def render_tall_table(comparison: Comparison) -> Table:
-    """Return the comparison as a table of five columns, however many texts there are."""
+    """Return the comparison as a table of six columns, however many texts there are."""
     table = _table(comparison)
     for heading in ("text", "run"):
         table.add_column(heading)
-    for heading in ("loss", "Δ base", "95% interval"):
+    for heading in ("loss", "Δ base", "95% interval", "p"):
         table.add_column(heading, justify="right")
     for place, column in enumerate(comparison.columns):
         # The base's row and the first run's are always there to hold these two.
         said = chain((column.name, _MEANING[column.role]), repeat(""))
         for row, words in zip(comparison.rows, said, strict=False):
             cell = row.cells[place]
-            moved, _, ends = _difference(cell.from_base).partition("\n")
-            table.add_row(Text(words), Text(row.label), loss(cell.value), moved, ends)
+            moved, ends, p = (*_difference(cell.from_base), "", "", "")[:3]
+            table.add_row(Text(words), Text(row.label), loss(cell.value), moved, ends, p.removeprefix("p "))
         table.add_section()
     return table
 
 
 def _table(comparison: Comparison) -> Table:
     unit = METRICS.get(comparison.metric, comparison.metric)
-    return Table(caption=f"{unit}; differences are from the base, paired, with 95% intervals")
+    return Table(
+        caption=f"{unit}; differences are from the base, paired, with 95% intervals; p is adjusted (Holm)"
+    )
 
 
 def describe_differences(comparison: Comparison) -> list[str]:
     """Say of each run after the first how it differs from the first, as a whole for each role.
 
-    What an interval cannot tell apart is called so.
+    What an interval cannot tell apart is called so, and so is what it could only alone, not among many. Then
+    the texts left out.
     """
     first = comparison.rows[1].label
-    return [
+    said = [
         f"{row.label} against {first}: "
         + "; ".join(
             f"{column.role} loss {_against(cell.from_first)}"
@@ -95,6 +100,7 @@ def describe_differences(comparison: Comparison) -> list[str]:
         )
         for row in comparison.rows[2:]
     ]
+    return said + [f"left out: {line}" for line in comparison.left_out]
 
 
 def _against(difference: Difference | None) -> str:
@@ -104,15 +110,20 @@ def _against(difference: Difference | None) -> str:
     ends = f"({interval(low, high)})"
     if low is None or high is None or low <= 0 <= high:
         return f"not distinguishable {ends}"
+    if difference.p_holm is not None and difference.p_holm >= _LEVEL:
+        p = p_value(difference.p_holm)
+        return f"not distinguishable, counting all comparisons ({interval(low, high)}; p {p})"
     size = change(abs(difference.delta)).removeprefix("+")
     return f"{size} {'lower' if difference.delta < 0 else 'higher'} {ends}"
 
 
 def _texts(cell: Cell) -> tuple[Text, Text]:
-    return Text(loss(cell.value)), Text(_difference(cell.from_base))
+    return Text(loss(cell.value)), Text("\n".join(_difference(cell.from_base)))
 
 
-def _difference(difference: Difference | None) -> str:
+def _difference(difference: Difference | None) -> tuple[str, ...]:
+    """The difference, its interval and, in newer records, its adjusted p."""
     if difference is None:
-        return ""
-    return f"{change(difference.delta)}\n{interval(difference.ci_low, difference.ci_high)}"
+        return ()
+    said = change(difference.delta), interval(difference.ci_low, difference.ci_high)
+    return said if difference.p_holm is None else (*said, f"p {p_value(difference.p_holm)}")

@@ -111,19 +111,20 @@ def verdict(metric: Metric) -> Verdict:
         return _open(
             metric, "not compared", f"Loss is {loss(metric.value)} nats per token; the base was not scored."
         )
+    role = metric.role or "general"
     moved = f"from {loss(metric.base_value)} to {loss(metric.value)} nats per token"
     if low is None or high is None:
         return _open(
             metric, "too few items", f"Loss went {moved}, but {number(metric.n, 'item')} gives no interval."
         )
     if low <= 0 <= high:
-        return _open(metric, "not distinguishable", f"Loss went {moved}. {_bound(metric.role, low, high)}")
+        return _open(metric, "not distinguishable", f"Loss went {moved}. {_bound(role, low, high)}")
     way = "fell" if delta < 0 else "rose"
     ends = " to ".join(_size(end) for end in sorted((abs(low), abs(high))))
     return Verdict(
         task=metric.task,
-        role=metric.role,
-        finding=_WORDS[metric.role, way],
+        role=role,
+        finding=_WORDS[role, way],
         amount=f"{_size(delta)} nats per token",
         kind="good" if way == "fell" else "bad",
         sentence=f"Loss {way} {moved}, by {_size(delta)} (95% interval {ends}). "
@@ -133,7 +134,12 @@ def verdict(metric: Metric) -> Verdict:
 
 def _open(metric: Metric, finding: str, sentence: str) -> Verdict:
     return Verdict(
-        task=metric.task, role=metric.role, finding=finding, amount="", kind="open", sentence=sentence
+        task=metric.task,
+        role=metric.role or "general",
+        finding=finding,
+        amount="",
+        kind="open",
+        sentence=sentence,
     )
 
 

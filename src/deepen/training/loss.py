@@ -6,14 +6,14 @@ least there is, and memory for one part. What a model class does to its logits (
 done by its own forward.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+
+from deepen.model.head import only_head
 
 # A target that does not count.
 IGNORED: Final = -100
@@ -67,7 +67,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), device=states.device)
         upstream = torch.empty_like(states) if states.requires_grad else None
         gradients = [torch.zeros_like(parameter) for parameter in head]
-        with _only_head(model) as run:
+        with only_head(model) as run:
             for begin in range(0, states.shape[1], step):
                 end = begin + step
                 part = states[:, begin:end].detach().requires_grad_(upstream is not None)
@@ -93,47 +93,3 @@ class _HeadLoss(torch.autograd.Function):
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     flat = logits.flatten(0, 1).float()
     return functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-class _Output:
-    """What a base model returns, of which there is nothing but the states."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        self.last_hidden_state = states
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, key: Any) -> Any:
-        return (self.last_hidden_state,)[key]
-
-
-class _Given(nn.Module):
-    """Stands in for the base model: whatever it is called with, it gives back the states it was given."""
-
-    states: torch.Tensor
-
-    @property
-    def decoder(self) -> "_Given":
-        """OPT's head calls the part of its base model that does the work."""
-        return self
-
-    def forward(self, *_: Any, **__: Any) -> _Output:
-        return _Output(self.states)
-
-
-@contextmanager
-def _only_head(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Give a function that turns final states into logits by the model's own forward."""
-    name, base, given = model.base_model_prefix, model.base_model, _Given()
-
-    def run(states: torch.Tensor) -> torch.Tensor:
-        given.states = states
-        logits: torch.Tensor = model(inputs_embeds=states, use_cache=False).logits
-        return logits
-
-    setattr(model, name, given)
-    try:
-        yield run
-    finally:
-        setattr(model, name, base)

@@ -1,0 +1,142 @@
+"""Scores of two models on the same items, a metric a task: difference, interval, test and verdict.
+
+Right-or-wrong items get McNemar's exact test and Tango's score interval (`deepen.evaluation.binary`); all
+others, and items that share clusters, the studentised bootstrap of `deepen.evaluation.statistics`, which
+draws clusters as wholes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepen.errors import DataError
+from deepen.evaluation.binary import mcnemar_p, score_interval
+from deepen.evaluation.statistics import Interval, paired_difference, standard_error
+from deepen.evaluation.verdict import adjust, settle
+from deepen.records import Metric
+
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedItems:
+    """One score of every item of a task.
+
+    Attributes:
+        task: name in results.
+        metric: name of the score, such as `acc`.
+        values: of the model, shape (items,).
+        base: of the base on the same items in the same order; None where it was not evaluated.
+        clusters: a number for each item; items of one number belong together (questions on one document)
+            and are never counted as independent. None: each item stands alone.
+        higher_is_better: whether a larger score is a gain.
+    """
+
+    task: str
+    metric: str
+    values: NDArray[np.float64]
+    base: NDArray[np.float64] | None
+    clusters: NDArray[np.int64] | None = None
+    higher_is_better: bool = True
+
+
+def compare_items(items: Sequence[PairedItems], *, margin: float = 0.01, seed: int = 0) -> list[Metric]:
+    """Compare a model with its base on every task.
+
+    Neither the order of tasks nor that of items (with their clusters) changes a result.
+
+    Args:
+        items: the tasks; `p_holm` is over all of them.
+        margin: largest loss that still counts as kept, in the score's own unit (0.01: a point of accuracy).
+        seed: of the resampling; each task's interval depends on the seed and its own items alone.
+
+    Returns:
+        A metric for each task, in the order given.
+
+    Raises:
+        DataError: a task has no items, columns that differ in length, or a score that is not a number.
+        ValueError: the margin is not a positive number.
+    """
+    return adjust([_compare(_check(each), margin, seed) for each in items])
+
+
+def _check(items: PairedItems) -> PairedItems:
+    columns = [column for column in (items.values, items.base, items.clusters) if column is not None]
+    if {column.shape for column in columns} != {(len(items.values),)} or not len(items.values):
+        shapes = ", ".join(str(column.shape) for column in columns)
+        raise DataError(
+            f"{items.task}: scores shaped {shapes}; each needs one entry an item, and there must be one"
+        )
+    for name, column in (("the model", items.values), ("the base", items.base)):
+        if column is not None and not np.isfinite(column).all():
+            odd = int((~np.isfinite(column)).sum())
+            raise DataError(
+                f"{items.task}: {items.metric} under {name} is not a number in {odd} of {len(column)} items; "
+                "score these items, or leave them out for both models"
+            )
+    return items
+
+
+def _compare(items: PairedItems, margin: float, seed: int) -> Metric:
+    values, sizes = _by_cluster(items.values, items.clusters)
+    if items.base is None:
+        error = standard_error(values, sizes)
+        return _metric(items, value=float(np.sum(values) / np.sum(sizes)), stderr=error)
+    base, _ = _by_cluster(items.base, items.clusters)
+    alone = len(sizes) == len(items.values)
+    compare = _binary if alone and _is_binary(items.values) and _is_binary(items.base) else _general
+    found = compare(values, base, sizes, seed)
+    metric = _metric(
+        items,
+        value=found.value,
+        stderr=found.stderr,
+        base_value=found.base_value,
+        delta=found.delta,
+        ci_low=found.ci_low,
+        ci_high=found.ci_high,
+        p=found.p,
+    )
+    return settle(metric, margin=margin, error=found.error, units=len(sizes))
+
+
+def _general(values: _Floats, base: _Floats, sizes: _Floats, seed: int) -> Interval:
+    return paired_difference(values, base, sizes, seed=seed)
+
+
+def _binary(values: _Floats, base: _Floats, sizes: _Floats, _: int) -> Interval:
+    gained, lost, n = int(np.sum(values > base)), int(np.sum(values < base)), len(values)
+    low, high = score_interval(gained, lost, n)
+    # For planning, Agresti and Coull's two of each more than seen: none discordant is not none ever.
+    rate = (gained + lost + 2) / (n + 4)
+    return Interval(
+        value=float(values.mean()),
+        stderr=standard_error(values, sizes),
+        base_value=float(base.mean()),
+        delta=(gained - lost) / n,
+        ci_low=low,
+        ci_high=high,
+        n=n,
+        error=float(np.sqrt((rate - ((gained - lost) / (n + 4)) ** 2) / n)),
+        p=mcnemar_p(gained, lost),
+    )
+
+
+def _metric(items: PairedItems, **found: float | None) -> Metric:
+    given = {"task": items.task, "metric": items.metric, "n": len(items.values)}
+    return Metric.model_validate(given | {"higher_is_better": items.higher_is_better} | found)
+
+
+def _by_cluster(values: _Floats, clusters: NDArray[np.int64] | None) -> tuple[_Floats, _Floats]:
+    """Return the sum and the number of items of each cluster: the mean over items is their ratio."""
+    if clusters is None:
+        return np.asarray(values, dtype=np.float64), np.ones(len(values))
+    # Within a cluster added by size, so that the order of the items does not show in the last bit.
+    order = np.lexsort((values, clusters))
+    _, place, sizes = np.unique(clusters[order], return_inverse=True, return_counts=True)
+    return np.bincount(place, weights=values[order]).astype(np.float64), sizes.astype(np.float64)
+
+
+def _is_binary(values: _Floats) -> bool:
+    return bool(np.isin(values, (0.0, 1.0)).all())

@@ -1,0 +1,80 @@
+"""Was it kept? Non-inferiority by the interval, Holm's correction over tasks, and how many items would tell.
+
+Kept means that a loss above the margin is ruled out: the worse end of the 95% interval of the difference lies
+within the margin. So the error that matters, calling kept what lost exactly the margin, happens at most one
+time in 40 (the one-sided level of 2.5% that ICH E9 asks of non-inferiority trials). Lost is the mirror image:
+the better end lies beyond the margin. Anything else is undecided, never "no difference".
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import ndtri  # type: ignore[import-untyped]
+
+from deepen.records import Metric
+
+FEWEST_ITEMS = 30
+"""Below this the intervals are not shown to hold their level, and nothing is called kept or lost."""
+# 95% two-sided, and the chance of 4 in 5 that so many items decide.
+_Z_975, _Z_80 = float(ndtri(0.975)), float(ndtri(0.8))
+_MOST_ITEMS = 1e9
+
+
+def settle(metric: Metric, *, margin: float, error: float | None, units: int) -> Metric:
+    """Return the metric with its verdict and, where undecided, the items that would likely decide.
+
+    Args:
+        metric: with its base, difference and interval; without them it comes back as it is.
+        margin: largest loss that still counts as kept, in the metric's own unit.
+        error: standard error of the difference, for planning.
+        units: independent items: clusters where items share one.
+
+    Raises:
+        ValueError: the margin is not a positive number.
+    """
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin {margin}: must be a positive number")
+    if metric.delta is None:
+        return metric
+    # In the direction of a gain.
+    sign = 1 if metric.higher_is_better else -1
+    given = None not in (metric.ci_low, metric.ci_high) and units >= FEWEST_ITEMS
+    worst, best = sorted((sign * (metric.ci_low or 0), sign * (metric.ci_high or 0)))
+    if given and worst > -margin:
+        return metric.model_copy(update={"margin": margin, "verdict": "kept"})
+    if given and best < -margin:
+        return metric.model_copy(update={"margin": margin, "verdict": "lost"})
+    needed = _items_needed(metric.n, sign * metric.delta, margin, error, units)
+    return metric.model_copy(update={"margin": margin, "verdict": "not enough items", "items_needed": needed})
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """Return the p values adjusted by Holm's step-down procedure; None stays None and does not count."""
+    known = [place for place, value in enumerate(values) if value is not None]
+    raw = np.array([values[place] for place in known], dtype=np.float64)
+    order = np.argsort(raw, kind="stable")
+    stepped = np.maximum.accumulate(raw[order] * np.arange(len(raw), 0, -1))
+    adjusted: list[float | None] = [None] * len(values)
+    for place, value in zip(order.tolist(), stepped.tolist(), strict=True):
+        adjusted[known[place]] = min(1.0, value)
+    return adjusted
+
+
+def adjust(metrics: Sequence[Metric]) -> list[Metric]:
+    """Return the metrics with `p_holm` over all of them."""
+    adjusted = holm([metric.p for metric in metrics])
+    return [metric.model_copy(update={"p_holm": p}) for metric, p in zip(metrics, adjusted, strict=True)]
+
+
+def _items_needed(n: int, gain: float, margin: float, error: float | None, units: int) -> int | None:
+    """Items in all with which 4 samples in 5 would decide, if spread and loss stay as they are observed.
+
+    A gain is not counted on: where one was observed, no difference is assumed. None where there is no
+    telling: a single item, no spread, or a loss of just the margin.
+    """
+    distance = margin + min(gain, 0)
+    if error is None or error == 0 or distance == 0:
+        return None
+    needed = max(n * (error * (_Z_975 + _Z_80) / distance) ** 2, n * FEWEST_ITEMS / units, n + 1)
+    return math.ceil(needed) if needed < _MOST_ITEMS else None
