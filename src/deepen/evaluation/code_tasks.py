@@ -12,7 +12,9 @@ from typing import Any, Final
 
 from deepen.evaluation.sandbox import Outcome, Program
 
-_FENCED: Final = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCED: Final = re.compile(
+    r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE
+)
 _NUMBER: Final = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?")
 # As PAL scores GSM8K (Gao et al., arXiv 2211.10435): its answers are whole numbers or dollars and cents.
 _TOLERANCE: Final = 1e-3

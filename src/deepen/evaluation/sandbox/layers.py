@@ -150,7 +150,9 @@ def describe_layers() -> str:
         f"{layer.name:<12}" + (f"stops {_list(layer.stops)}" if layer.holds else f"absent: {layer.why_not}")
         for layer in protection.layers
     ]
-    lines.append(f"{'limits':<12}" + (f"stop {_list(protection.limits)}" if protection.limits else "hold nothing"))
+    lines.append(
+        f"{'limits':<12}" + (f"stop {_list(protection.limits)}" if protection.limits else "hold nothing")
+    )
     lines.append(f"{'open':<12}{_list(protection.open)}")
     return "\n".join(lines)
 

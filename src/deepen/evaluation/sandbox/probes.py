@@ -26,7 +26,7 @@ MEMORY, TIME = "memory beyond the limit", "time beyond the limit"
 _LIMITS: Final = Limits(cpu_seconds=20, wall_seconds=60, memory_bytes=512 * MIB)
 _TIGHT: Final = Limits(cpu_seconds=20, wall_seconds=0.5, memory_bytes=256 * MIB)
 
-_ATTEMPTS = '''
+_ATTEMPTS = """
 import os, signal, socket
 
 def attempt(action):
@@ -58,7 +58,7 @@ attempt(connect)
 attempt(write)
 attempt(lambda: os.kill({victim}, signal.SIGKILL))
 answer = [attempt(read), attempt(fork)]
-'''
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,15 +74,11 @@ def _numbers(names: Iterable[str], architecture: Architecture) -> list[int]:
 
 def _deny(numbers: Sequence[int], action: int) -> list[Instruction]:
     return [
-        instruction
-        for denied in numbers
-        for instruction in ((_EQUAL, 0, 1, denied), (_RETURN, 0, 0, action))
+        instruction for denied in numbers for instruction in ((_EQUAL, 0, 1, denied), (_RETURN, 0, 0, action))
     ]
 
 
-def _only_first(
-    allowed: int | None, tests: Sequence[Instruction], *, high: bool = True
-) -> list[Instruction]:
+def _only_first(allowed: int | None, tests: Sequence[Instruction], *, high: bool = True) -> list[Instruction]:
     """Refuse a call unless one of the tests jumps past the refusal; `high`: its upper half must be zero too.
 
     The tests see the lower half of the call's first argument. Process ids are 32 bits wide, so an upper half
