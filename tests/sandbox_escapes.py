@@ -1,7 +1,7 @@
 """Programs that try to get out of the sandbox, or to be scored right without being right.
 
-Each defines `attempt()`, which must return "escaped" to pass its check; bait is filled in where a name stands in
-double braces. A program that neither crashes nor escapes returns something else and fails its check.
+Each defines `attempt()`, which must return "escaped" to pass its check; bait is filled in where a name stands
+in double braces. A program that neither crashes nor escapes returns something else and fails its check.
 """
 
 # name -> (statuses it may have, source); "timeout" ones are run under tight limits.

@@ -62,7 +62,7 @@ def wrong_ones(outcomes, status):
 
 
 def test_a_sample_of_solutions_passes_and_fails_when_spoiled(confined, humaneval, mbpp):
-    # Every kind of oddity: functions of the prompt in the checks, a builtin's name, an import of the reference.
+    # The odd ones too: functions of the prompt in the checks, a builtin's name, the reference's imports.
     some = [humaneval[i] for i in (0, 32, 33, 38, 50, 100, 163)], [mbpp[i] for i in (0, 60, 200, 300, 426)]
     some[1].extend(problem for problem in mbpp if problem["task_id"] in {126, 596})
     assert not wrong_ones(run_programs(solved(*some)), "passed")

@@ -173,7 +173,7 @@ def test_an_answer_and_the_output_come_back():
 PERSONAL = """
 import os, random, sys
 def f():
-    return [hash("text"), random.random(), sorted(os.environ), os.listdir("."), sys.argv, sorted({"a", "b"}, key=hash)]
+    return [hash("text"), random.random(), sorted(os.environ), os.listdir("."), sys.argv]
 """
 
 
@@ -243,9 +243,7 @@ def bare(monkeypatch):
 
 def test_without_a_layer_it_refuses_unless_told_in_words(bare):
     assert (bare.used, bare.missing) == ((), (NETWORK, READING, WRITING, SIGNALS))
-    with pytest.raises(
-        SandboxError, match="leaves open network, reading files outside.*\n.*UNPROTECTED|rights"
-    ):
+    with pytest.raises(SandboxError, match="leaves open network, reading files outside"):
         run_programs([ADD], LIMITS)
     with pytest.raises(SandboxError):
         run_programs([ADD], LIMITS, allow_unprotected="yes")

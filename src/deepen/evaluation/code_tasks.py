@@ -12,9 +12,7 @@ from typing import Any, Final
 
 from deepen.evaluation.sandbox import Outcome, Program
 
-_FENCED: Final = re.compile(
-    r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE
-)
+_FENCED: Final = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _NUMBER: Final = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?")
 # As PAL scores GSM8K (Gao et al., arXiv 2211.10435): its answers are whole numbers or dollars and cents.
 _TOLERANCE: Final = 1e-3
@@ -28,7 +26,7 @@ def extract_code(reply: str) -> str:
 
 
 def humaneval_program(problem: Mapping[str, Any], completion: str) -> Program:
-    """Return the program of a HumanEval problem (Chen et al., arXiv 2107.03374) and a completion of its prompt.
+    """Return the program of a HumanEval problem (Chen et al., arXiv 2107.03374) and a completion.
 
     The prompt is run beside the checks too: three of them call functions that it defines.
 
@@ -47,12 +45,12 @@ def humaneval_program(problem: Mapping[str, Any], completion: str) -> Program:
 
 
 def mbpp_program(problem: Mapping[str, Any], code: str) -> Program:
-    """Return the program of an MBPP problem (Austin et al., arXiv 2108.07732), sanitized or not, and an answer.
+    """Return the program of an MBPP problem (Austin et al., arXiv 2108.07732) and a solution.
 
     What the tests call is read from the reference solution, whose imports they may use as well.
 
     Args:
-        problem: a record with task_id, code, test_list, and test_imports or test_setup_code.
+        problem: a record with task_id, code, test_list, and test_imports (sanitized) or test_setup_code.
         code: the whole function.
     """
     reference, tests = ast.parse(problem["code"]), "\n".join(problem["test_list"])
@@ -71,8 +69,8 @@ def mbpp_program(problem: Mapping[str, Any], code: str) -> Program:
 def pot_program(name: str, reply: str) -> Program:
     """Return the program of a problem that is solved by a program's result (arXiv 2211.10435, 2211.12588).
 
-    Its answer is what `solution()` returns, else the variable `ans`, `answer` or `result`, else the last number
-    of the last line that it printed; see `pot_correct`. The right answer does not enter the sandbox.
+    Its answer is what `solution()` returns, else the variable `ans`, `answer` or `result`, else the last
+    number of the last line that it printed; see `pot_correct`. The right answer does not enter the sandbox.
     """
     return Program(name=name, source=extract_code(reply), answer=_ANSWERS, main=True)
 

@@ -136,9 +136,10 @@ def require_layers(allow_unprotected: str) -> Sequence[str]:
     protection = try_layers()
     if protection.missing and allow_unprotected != UNPROTECTED:
         raise SandboxError(
-            f"this machine does not confine a program that a model wrote: it leaves open {_list(protection.missing)}"
-            f" (layers that hold: {_list(protection.used)})\n"
-            f"run where Linux offers namespaces, Landlock or seccomp, or pass allow_unprotected={UNPROTECTED!r}"
+            "this machine does not confine a program that a model wrote: it leaves open "
+            f"{_list(protection.missing)} (layers that hold: {_list(protection.used)})\n"
+            "run where Linux offers namespaces, Landlock or seccomp, "
+            f"or pass allow_unprotected={UNPROTECTED!r}"
         )
     return protection.used
 

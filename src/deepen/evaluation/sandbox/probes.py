@@ -1,7 +1,7 @@
 """Attempts to get out, made for real: what a layer is said to stop, it has been seen to stop.
 
-Each attempt leaves a trace outside the sandbox that the program cannot make up: a connection that arrives, the
-text of a file that it was not told, a file that appears, a process that dies.
+Each attempt leaves a trace outside the sandbox that the program cannot make up: a connection that arrives,
+the text of a file that it was not told, a file that appears, a process that dies.
 """
 
 import secrets

@@ -1,1 +1,1 @@
-"""What runs in the sandboxed processes: standard library and ctypes only, imported without `deepen` itself."""
+"""What runs in the sandboxed processes: standard library only, imported without `deepen` itself."""

@@ -1,4 +1,4 @@
-"""The process of the checks: it holds what is expected, asks the program, and alone says whether it passed."""
+"""The process of the checks: it knows what is expected, asks the program, and alone says if it passed."""
 
 import builtins
 import json

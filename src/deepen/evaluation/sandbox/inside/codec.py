@@ -1,8 +1,8 @@
 """Plain data as bytes, between two processes of which one is hostile.
 
-Not pickle, whose loading runs code, and not marshal, whose loading may crash: JSON in which a scalar is itself
-and everything else a list that begins with its tag. What arrives is made of exact built-in types, so no
-`__eq__` or `__hash__` of the other side ever runs here. Subclasses arrive as their base: a `Counter` as a
+Not pickle, whose loading runs code, and not marshal, whose loading may crash: JSON in which a scalar is
+itself and everything else a list that begins with its tag. What arrives is made of exact built-in types, so
+no `__eq__` or `__hash__` of the other side ever runs here. Subclasses arrive as their base: a `Counter` as a
 dict, a named tuple as a tuple; an iterator as an iterator over its first `_MOST_ITEMS` items.
 """
 
@@ -68,7 +68,7 @@ def _tagged_sequence(value: Any) -> Any:
         if (type(value).__module__, type(value).__name__) == (module, name):
             return [name, str(value)]
     if type(value).__module__ in {"collections", "array"} and hasattr(value, "__iter__"):
-        # A deque or an array: equal to no list, but to another of its kind; a list is the nearest plain value.
+        # A deque or an array equals only its own kind; a list is the nearest plain value.
         return ["list", [_tagged(item) for item in value]]
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return _tagged(value.tolist())

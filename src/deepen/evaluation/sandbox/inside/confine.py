@@ -38,7 +38,7 @@ def confine(job: dict[str, Any], *, user: int | None, read_write: Collection[str
 def set_limits(limits: dict[str, Any], *, own_users: bool) -> None:
     """Set the resource limits, hard ones with the soft, so that none can be raised again."""
     wanted = {
-        # The kernel kills at the hard limit; with a lower soft one the program could catch a signal and go on.
+        # The kernel kills at the hard limit; at a lower soft one the program could catch its signal.
         "RLIMIT_CPU": math.ceil(limits["cpu_seconds"]),
         "RLIMIT_AS": limits["memory_bytes"],
         "RLIMIT_FSIZE": limits["file_bytes"],

@@ -13,7 +13,8 @@ _READ_ONLY, _NO_SUID, _NO_DEVICES, _NO_EXEC, _REMOUNT = 1, 2, 4, 8, 32
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 _DETACH = 2
 _MOUNT_SETATTR, _AT_RECURSIVE = 442, 0x8000
-_ST_TO_MS = {os.ST_NOSUID: _NO_SUID, os.ST_NODEV: _NO_DEVICES, os.ST_NOEXEC: _NO_EXEC, os.ST_NOATIME: 1024}
+# Flags that a mount may not lose; statvfs reports them by the same numbers.
+_KEPT = _NO_SUID | _NO_DEVICES | _NO_EXEC | 1024
 
 SCRATCH = "/scratch"
 NOBODY = 65534
@@ -130,8 +131,7 @@ def _bind(source: str, target: str) -> None:
         kernel.system_call(_MOUNT_SETATTR, -100, target.encode(), _AT_RECURSIVE, packed, len(packed))
     except OSError:
         # Before Linux 5.12: the directory's own mount only, and with the flags that it may not lose.
-        held = os.statvfs(target).f_flag
-        kept = sum(flag for name, flag in _ST_TO_MS.items() if held & name)
+        kept = os.statvfs(target).f_flag & _KEPT
         _mount(None, target, None, _REMOUNT | _BIND | attributes | kept)
 
 

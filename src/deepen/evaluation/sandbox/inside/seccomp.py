@@ -1,8 +1,8 @@
 """A seccomp filter, written by hand: which system calls a program may make.
 
 Calls are denied by name, and every number above the last one known here is denied too, so that what a newer
-kernel adds stays shut. Denied are sockets, new processes, programs to execute, other processes, namespaces and
-mounts, kernel keys, tracing, io_uring and administration. Threads and signals to oneself remain.
+kernel adds stays shut. Denied are sockets, new processes, programs to execute, other processes, namespaces
+and mounts, kernel keys, tracing, io_uring and administration. Threads and signals to oneself remain.
 """
 
 import ctypes
@@ -81,8 +81,8 @@ def _deny(numbers: Sequence[int], action: int) -> list[Instruction]:
 def _only_first(allowed: int | None, tests: Sequence[Instruction], *, high: bool = True) -> list[Instruction]:
     """Refuse a call unless one of the tests jumps past the refusal; `high`: its upper half must be zero too.
 
-    The tests see the lower half of the call's first argument. Process ids are 32 bits wide, so an upper half
-    that the kernel ignores could otherwise not hide another process, but refusing it is simpler to be sure of.
+    The tests see the lower half of the call's first argument. The kernel ignores the upper half of a process
+    id; refusing one is simpler to be sure of.
     """
     assert allowed is not None
     refusal = (_RETURN, 0, 0, _ERRNO | errno.EPERM)

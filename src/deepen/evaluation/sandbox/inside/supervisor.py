@@ -36,7 +36,6 @@ def main() -> None:
     kernel.die_with_parent()
     if kernel.LINUX:
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
     job = json.loads(frames.receive(0, _MOST_JOB))
     try:
         outcome = _run(job)
@@ -49,6 +48,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     user = None
     if NAMESPACES in job["layers"]:
         user = namespaces.enter(job["stage"], job["read_only"], job["limits"]["scratch_bytes"])
+    if kernel.LINUX:
+        # Only now: the user map of a process that hides its memory cannot be written.
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     requests, responses, verdicts, output = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     judge = _fork(
         lambda: _be_checks(job, user, responses[0], requests[1], verdicts[1]),
@@ -189,7 +191,8 @@ def _drain(output: int, text: bytearray, most: int) -> None:
 def _end(process: int, patience: float) -> tuple[int | None, Any]:
     """Give a child a moment to end, then kill it and its group.
 
-    Returns its exit code (None where it was killed) and its use of resources. The init of a process namespace takes everything in it along.
+    Returns its exit code (None where it was killed) and its use of resources. The init of a process namespace
+    takes everything in it along.
     """
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
