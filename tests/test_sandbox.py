@@ -21,7 +21,7 @@ from deepen.evaluation.sandbox import (
     run_programs,
     try_layers,
 )
-from deepen.evaluation.sandbox.launch import launch
+from deepen.evaluation.sandbox.launch import Running, launch
 from deepen.evaluation.sandbox.probes import NETWORK, PROCESSES, READING, SIGNALS, WRITING
 
 CHECKS = "assert attempt() == 'escaped'  # which the checks know\n"
@@ -101,20 +101,21 @@ def test_nothing_came_out(bait, attempts):
     assert bait.victim.poll() is None
 
 
-def test_the_escapes_escape_without_a_sandbox(bait, tmp_path, monkeypatch):
+def test_the_escapes_escape_without_a_sandbox(bait, tmp_path):
     """Where nothing confines them, the attempts succeed: what fails in the sandbox fails because of it."""
-    secret = bait.home / ".secret"
-    monkeypatch.chdir(tmp_path)
     for name in (
         "read a secret",
         "read a secret through a symlink",
         "execute a shell",
         "look for open files",
     ):
-        names = {}
-        exec(ESCAPES[name][1].replace("{{secret}}", str(secret)), names)
-        assert names["attempt"]() == "escaped"
-        (tmp_path / "link").unlink(missing_ok=True)
+        source = ESCAPES[name][1].replace("{{secret}}", str(bait.home / ".secret"))
+        command = [sys.executable, "-I", "-S", "-c", f"{source}\nprint(attempt())"]
+        with open(os.devnull) as descriptor:
+            done = subprocess.run(
+                command, cwd=tmp_path, stdin=descriptor, stdout=subprocess.PIPE, text=True, check=True
+            )
+        assert done.stdout == "escaped\n"
 
 
 def test_the_checks_decide():
@@ -265,16 +266,16 @@ def test_without_a_layer_what_is_left_behind_is_killed_all_the_same(tmp_path):
         ESCAPES["daemon that stays"][1].replace("{{home}}", str(tmp_path)).replace("sleep(3)", "sleep(2)")
     )
     program = Program(name="daemon", source=source, entry_points=("attempt",), checks=CHECKS)
-    assert launch(program, LIMITS, (), set()).passed
+    assert launch(program, LIMITS, (), Running()).passed
     time.sleep(2.5)
     assert not os.listdir(tmp_path)
 
 
 def test_a_layer_that_breaks_is_an_error_and_not_an_open_door(monkeypatch):
-    outcome = launch(ADD, LIMITS, ("namespaces",), set())
+    outcome = launch(ADD, LIMITS, ("namespaces",), Running())
     assert outcome.passed
     monkeypatch.setattr("deepen.evaluation.sandbox.launch.readable_paths", lambda limits: ["/no/such/place"])
-    outcome = launch(ADD, LIMITS, ("namespaces",), set())
+    outcome = launch(ADD, LIMITS, ("namespaces",), Running())
     assert outcome.status == "error"
     assert "could not be set up" in outcome.reason
 

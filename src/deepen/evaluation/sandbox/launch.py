@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Collection, MutableSet
+import threading
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,41 @@ _INSIDE: Final = Path(codec.__file__).parent
 # What the supervisor may need beyond the wall limit, on a busy machine, to start and to end its processes.
 _GRACE_SECONDS: Final = 60
 
-Running = MutableSet["subprocess.Popen[bytes]"]
+
+class Running:
+    """The supervisors at work, to be ended together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
+
+    def add(self, process: "subprocess.Popen[bytes]") -> None:
+        """Take a supervisor in; one that comes after the end is killed at once."""
+        with self._lock:
+            self._processes.add(process)
+            if self._ended:
+                _kill(process)
+
+    def discard(self, process: "subprocess.Popen[bytes]") -> None:
+        """Kill a supervisor that is still at work, and forget it."""
+        with self._lock:
+            _kill(process)
+            self._processes.discard(process)
+
+    def end(self) -> None:
+        """Kill all, and those that are still to come."""
+        with self._lock:
+            self._ended = True
+            for process in self._processes:
+                _kill(process)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    # Its children die with it.
+    if process.poll() is None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def launch(program: Program, limits: Limits, layers: Collection[str], running: Running) -> Outcome:
@@ -130,15 +165,7 @@ def _converse(
         except subprocess.TimeoutExpired:
             return b"", b"the supervisor did not end in time"
         finally:
-            end(process)
             running.discard(process)
-
-
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a supervisor; its children die with it."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read_outcome(program: Program, answer: bytes, errors: bytes) -> Outcome:

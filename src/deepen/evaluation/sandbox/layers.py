@@ -11,6 +11,7 @@ from typing import Final
 from deepen.errors import SandboxError
 from deepen.evaluation.sandbox.inside import kernel, landlock, seccomp
 from deepen.evaluation.sandbox.inside.confine import BUBBLEWRAP, LANDLOCK, NAMESPACES, SECCOMP
+from deepen.evaluation.sandbox.launch import Running
 from deepen.evaluation.sandbox.probes import (
     NETWORK,
     PROCESSES,
@@ -80,19 +81,19 @@ def try_layers() -> Protection:
 @cache
 def _tried() -> Protection:
     with ThreadPoolExecutor(4) as pool:
-        without = pool.submit(escapes, (), set())
+        without = pool.submit(escapes, (), Running())
         alone = [pool.submit(_try, name) for name in (NAMESPACES, LANDLOCK, SECCOMP)]
         possible = without.result()[0]
         layers = [_judge(*future.result(), possible) for future in alone]
     if not layers[0].holds:
         layers.insert(1, _judge(*_try(BUBBLEWRAP), possible))
     used = tuple(layer.name for layer in layers if layer.holds)
-    escaped, outcome = escapes(used, set())
+    escaped, outcome = escapes(used, Running())
     if not outcome.passed:
         raise SandboxError(
             f"the sandbox failed its self-test behind {', '.join(used) or 'no layer'}: {outcome.reason}"
         )
-    met = limits_met(used, set())
+    met = limits_met(used, Running())
     return Protection(layers=tuple(layers), used=used, open=_ordered(escaped), limits=tuple(sorted(met)))
 
 
@@ -101,7 +102,7 @@ def _try(name: str) -> tuple[str, str, set[str]]:
     refusal = _unavailable(name)
     if refusal:
         return name, refusal, set()
-    escaped, outcome = escapes((name,), set())
+    escaped, outcome = escapes((name,), Running())
     return name, "" if outcome.passed else outcome.reason, escaped
 
 

@@ -1,11 +1,10 @@
 """Many programs, several at a time."""
 
 import os
-import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
-from deepen.evaluation.sandbox.launch import end, launch
+from deepen.evaluation.sandbox.launch import Running, launch
 from deepen.evaluation.sandbox.layers import require_layers
 from deepen.evaluation.sandbox.programs import Limits, Outcome, Program
 
@@ -35,7 +34,7 @@ def run_programs(
         SandboxError: this machine cannot confine a program, or the sandbox fails its self-test.
     """
     layers = require_layers(allow_unprotected)
-    running: set[subprocess.Popen[bytes]] = set()
+    running = Running()
     with ThreadPoolExecutor(workers or _processors()) as pool:
         futures = {pool.submit(launch, program, limits, layers, running): program for program in programs}
         try:
@@ -43,8 +42,7 @@ def run_programs(
         except BaseException:
             # Ctrl-C, or a fault of `on_result`: the pool would wait for programs that nobody asks about.
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running.copy():
-                end(process)
+            running.end()
             raise
     return [future.result() for future in futures]
 

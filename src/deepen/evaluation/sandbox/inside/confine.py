@@ -36,16 +36,19 @@ def confine(job: dict[str, Any], *, user: int | None, read_write: Collection[str
 
 
 def set_limits(limits: dict[str, Any], *, own_users: bool) -> None:
-    """Set the resource limits, hard ones with the soft, so that none can be raised again."""
+    """Set the resource limits, hard ones with the soft, so that none can be raised again.
+
+    Of processor time the hard limit is a second later: the soft one's signal tells what ended the program, and
+    a program that ignores it is killed.
+    """
     wanted = {
-        # The kernel kills at the hard limit; at a lower soft one the program could catch its signal.
-        "RLIMIT_CPU": math.ceil(limits["cpu_seconds"]),
         "RLIMIT_AS": limits["memory_bytes"],
         "RLIMIT_FSIZE": limits["file_bytes"],
         "RLIMIT_NOFILE": limits["open_files"],
         # Counted over all processes of the user: without a user namespace, over those of others too.
         "RLIMIT_NPROC": limits["threads"] + (0 if own_users else _THREADS_OF_OTHERS),
-        "RLIMIT_CORE": 0,
+        # Not 0, at which Linux still calls a program that collects core dumps; none is as small as one byte.
+        "RLIMIT_CORE": 1,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_RTPRIO": 0,
@@ -53,12 +56,15 @@ def set_limits(limits: dict[str, Any], *, own_users: bool) -> None:
     for name, value in wanted.items():
         which = getattr(resource, name, None)
         if which is not None:
-            _set_limit(which, value)
+            _set_limit(which, value, value)
+    seconds = math.ceil(limits["cpu_seconds"])
+    _set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)
 
 
-def _set_limit(which: int, value: int) -> None:
-    _, hard = resource.getrlimit(which)
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+def _set_limit(which: int, soft: int, hard: int) -> None:
+    _, most = resource.getrlimit(which)
+    if most != resource.RLIM_INFINITY:
+        soft, hard = min(soft, most), min(hard, most)
     # macOS takes no limit on address space; the self-test says so.
     with suppress(OSError, ValueError):
-        resource.setrlimit(which, (value, value))
+        resource.setrlimit(which, (soft, hard))

@@ -24,8 +24,8 @@ def enter(stage: str, read_only: Sequence[str], scratch_bytes: int) -> int:
     """Move this process into new namespaces, but for that of processes; return the user to become in them.
 
     `stage` is an empty directory on which the new root is built. The root is read-only and holds the paths of
-    `read_only`, three devices and `SCRATCH`, a memory file system of `scratch_bytes`. Raises OSError where the
-    kernel refuses any of it.
+    `read_only`, three devices and `SCRATCH`, a memory file system of `scratch_bytes`. Raises OSError where
+    the kernel refuses any of it.
     """
     with _mapped_users():
         kernel.call("unshare", _NEW_USER | _NEW_MOUNTS | _NEW_NETWORK | _NEW_IPC | _NEW_UTS)

@@ -51,7 +51,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     if kernel.LINUX:
         # Only now: the user map of a process that hides its memory cannot be written.
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    requests, responses, verdicts, output = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+    requests, responses, verdicts, output, armed = (os.pipe() for _ in range(5))
     judge = _fork(
         lambda: _be_checks(job, user, responses[0], requests[1], verdicts[1]),
         keep=(0, responses[0], requests[1], verdicts[1]),
@@ -59,12 +59,14 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     if NAMESPACES in job["layers"]:
         namespaces.separate_processes()
     runner = _fork(
-        lambda: _be_program(job, user, requests[0], responses[1], output[1]),
-        keep=(requests[0], responses[1], output[1]),
+        lambda: _be_program(job, user, requests[0], responses[1], output[1], armed[1]),
+        keep=(requests[0], responses[1], output[1], armed[1]),
         init=NAMESPACES in job["layers"],
     )
-    for descriptor in (*requests, *responses, verdicts[1], output[1]):
+    for descriptor in (*requests, *responses, verdicts[1], output[1], armed[1]):
         os.close(descriptor)
+    if not os.read(armed[0], 1):
+        raise OSError(os.read(output[0], 500).decode(errors="replace").strip())
     return _watch(job, judge, runner, verdicts[0], output[0])
 
 
@@ -76,12 +78,17 @@ def _be_checks(job: dict[str, Any], user: int | None, responses: int, requests: 
     frames.send(verdicts, checks.judge(task, requests, responses, most))
 
 
-def _be_program(job: dict[str, Any], user: int | None, requests: int, responses: int, output: int) -> None:
+def _be_program(
+    job: dict[str, Any], user: int | None, requests: int, responses: int, output: int, armed: int
+) -> None:
     _redirect(os.open("/dev/null", os.O_RDWR), 0)
     _redirect(output, 1, 2)
     # The first entries are the standard library's; this package is not for the program.
     sys.path += job["packages"]
     confine(job, user=user, read_write=[os.getcwd()])
+    # Said once, before the program exists: that its layers are on is not for it to say.
+    os.write(armed, b"1")
+    os.close(armed)
     program.serve(job, requests, responses)
 
 
