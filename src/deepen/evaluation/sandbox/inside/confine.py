@@ -38,8 +38,8 @@ def confine(job: dict[str, Any], *, user: int | None, read_write: Collection[str
 def set_limits(limits: dict[str, Any], *, own_users: bool) -> None:
     """Set the resource limits, hard ones with the soft, so that none can be raised again.
 
-    Of processor time the hard limit is a second later: the soft one's signal tells what ended the program, and
-    a program that ignores it is killed.
+    Of processor time the hard limit is a second later: the soft one's signal tells what ended the program,
+    and a program that ignores it is killed.
     """
     wanted = {
         "RLIMIT_AS": limits["memory_bytes"],

@@ -41,7 +41,7 @@ def _ended(ending: Ending, limits: dict[str, Any]) -> tuple[str, str]:
     if ending.code is None:
         return "failed", "stopped answering"
     number = -ending.code if ending.code < 0 else ending.code - _KILLED
-    # Killed at the hard limit, having ignored the soft one. The kernel counts ticks there, roughly, hence half.
+    # Killed at the hard limit, having ignored the soft one. The kernel counts ticks there: hence half.
     overran = number == signal.SIGKILL and ending.cpu_seconds > 0.5 * limits["cpu_seconds"]
     if number == signal.SIGXCPU or overran:
         return "timeout", f"used more than {limits['cpu_seconds']:g} s of processor time"
