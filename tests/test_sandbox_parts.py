@@ -159,6 +159,7 @@ def test_the_filter_decides(name):
     )
     assert (of("tgkill", 42, 7), of("tgkill", 1, 7)) == (ALLOW, EPERM)
     assert (of("prlimit64", 0), of("prlimit64", 42), of("prlimit64", 1)) == (ALLOW, ALLOW, EPERM)
+    assert (of("prctl", 1), of("prctl", 15)) == (EPERM, ALLOW)
     assert (of("clone3"), of("memfd_create"), of(451), of(2**30 + 41)) == (ENOSYS,) * 4
     assert decide(filter_, 0x40000003, READ[name]) == KILL  # i386
 
@@ -204,4 +205,4 @@ def test_a_lost_program_is_told_by_its_end(code, cpu, timed_out, status):
 
 def test_no_verdict_is_never_a_pass():
     ending = Ending(code=0, cpu_seconds=0, timed_out=False)
-    assert settle(None, ending, {})["status"] == "error"
+    assert settle(None, ending, {})["status"] == "failed"

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, Final
 
 from deepen.evaluation.sandbox.inside import codec, frames
@@ -67,7 +67,7 @@ def launch(program: Program, limits: Limits, layers: Collection[str], running: R
 
     `running` holds the supervisor's process meanwhile: killing it ends the sandbox.
     """
-    with TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory:
+    with _directory() as directory:
         stage, scratch = Path(directory, "stage"), Path(directory, "scratch")
         stage.mkdir()
         scratch.mkdir(mode=0o700)
@@ -76,6 +76,22 @@ def launch(program: Program, limits: Limits, layers: Collection[str], running: R
             _command(limits, layers), _write_input(job, program), limits, layers, scratch, running
         )
     return _read_outcome(program, answer, errors)
+
+
+@contextmanager
+def _directory() -> Iterator[str]:
+    """An empty directory, removed afterwards whatever a program built in it."""
+    directory = mkdtemp(prefix="sandbox-")
+    try:
+        yield directory
+    finally:
+        with suppress(RecursionError):
+            shutil.rmtree(directory, ignore_errors=True)
+        if os.path.lexists(directory):
+            # Directories too deep for Python, or closed to their owner.
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False}
+            subprocess.run(["chmod", "-R", "u+rwx", directory], **quiet)
+            subprocess.run(["rm", "-rf", directory], **quiet)
 
 
 def readable_paths(limits: Limits) -> list[str]:
@@ -174,13 +190,17 @@ def _read_outcome(program: Program, answer: bytes, errors: bytes) -> Outcome:
         lines = errors.decode(errors="replace").strip().splitlines() or ["no answer"]
         return Outcome(name=program.name, status="error", reason=f"the sandbox broke: {lines[-1][:300]}")
     fields = json.loads(message)
-    value = fields.get("value")
+    status, reason, value = fields["status"], fields["reason"], fields.get("value")
+    try:
+        value = None if value is None else codec.decode(value)
+    except ValueError as error:
+        status, reason, value = "failed", f"its answer cannot be read: {error}", None
     return Outcome(
         name=program.name,
-        status=fields["status"],
-        reason=fields["reason"],
+        status=status,
+        reason=reason,
         stdout=base64.b64decode(fields.get("stdout", "")).decode(errors="replace"),
-        value=None if value is None else codec.decode(value),
+        value=value,
         cpu_seconds=fields.get("cpu_seconds", 0.0),
         wall_seconds=fields.get("wall_seconds", 0.0),
     )

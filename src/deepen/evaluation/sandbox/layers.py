@@ -29,6 +29,9 @@ UNPROTECTED: Final = "I understand that code written by a model will run with my
 _NEEDED: Final = (NETWORK, READING, WRITING, SIGNALS)
 _ATTEMPTED: Final = (*_NEEDED, PROCESSES)
 
+# Before it a file that may be read can also be cut to nothing.
+_LANDLOCK_VERSION: Final = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -54,12 +57,15 @@ class Protection:
     Attributes:
         layers: each layer tried.
         used: those that hold and are used together.
+        stops: attempts that succeed without a layer and failed behind all of them: more than each alone
+            stops, for what passes as "writing" behind one may be the change of a mode that another denies.
         open: attempts that succeed behind all of them.
         limits: which limits were seen to end a program.
     """
 
     layers: tuple[Layer, ...]
     used: tuple[str, ...]
+    stops: tuple[str, ...]
     open: tuple[str, ...]
     limits: tuple[str, ...]
 
@@ -94,7 +100,13 @@ def _tried() -> Protection:
             f"the sandbox failed its self-test behind {', '.join(used) or 'no layer'}: {outcome.reason}"
         )
     met = limits_met(used, Running())
-    return Protection(layers=tuple(layers), used=used, open=_ordered(escaped), limits=tuple(sorted(met)))
+    return Protection(
+        layers=tuple(layers),
+        used=used,
+        stops=_ordered(possible - escaped),
+        open=_ordered(escaped),
+        limits=tuple(sorted(met)),
+    )
 
 
 def _try(name: str) -> tuple[str, str, set[str]]:
@@ -111,8 +123,8 @@ def _unavailable(name: str) -> str:
         return "not on this system"
     if name == BUBBLEWRAP and shutil.which("bwrap") is None:
         return "bwrap is not installed"
-    if name == LANDLOCK and not landlock.version():
-        return "the kernel has none"
+    if name == LANDLOCK and landlock.version() < _LANDLOCK_VERSION:
+        return f"the kernel has version {landlock.version()}, not {_LANDLOCK_VERSION} (Linux 6.2)"
     if name == SECCOMP and not seccomp.supported():
         return "no filter for this architecture"
     return ""
@@ -152,10 +164,11 @@ def describe_layers() -> str:
         f"{layer.name:<12}" + (f"stops {_list(layer.stops)}" if layer.holds else f"absent: {layer.why_not}")
         for layer in protection.layers
     ]
-    lines.append(
-        f"{'limits':<12}" + (f"stop {_list(protection.limits)}" if protection.limits else "hold nothing")
-    )
-    lines.append(f"{'open':<12}{_list(protection.open)}")
+    lines += [
+        f"{'together':<12}stop {_list(protection.stops)}",
+        f"{'limits':<12}stop {_list(protection.limits)}",
+        f"{'open':<12}{_list(protection.open)}",
+    ]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from select import select
 from tempfile import TemporaryDirectory
 from typing import Final
 
@@ -36,12 +37,19 @@ def attempt(action):
         return None
 
 def connect():
-    with socket.create_connection(("127.0.0.1", {port}), timeout=5) as connection:
-        connection.sendall({token!r})
+    socket.create_connection(("127.0.0.1", {port}), timeout=5).close()
 
 def read():
     with open({secret!r}) as file:
         return file.read()
+
+def datagram():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"out", ("127.0.0.1", {port}))
+
+def local():
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect({door!r})
 
 def write():
     with open({new!r}, "w") as file:
@@ -54,8 +62,10 @@ def fork():
     os.waitpid(child, 0)
     return True
 
-attempt(connect)
-attempt(write)
+for action in (connect, datagram, local, write):
+    attempt(action)
+attempt(lambda: os.chmod({file!r}, 0o777))
+attempt(lambda: os.truncate({file!r}, 0))
 attempt(lambda: os.kill({victim}, signal.SIGKILL))
 answer = [attempt(read), attempt(fork)]
 """
@@ -63,12 +73,22 @@ answer = [attempt(read), attempt(fork)]
 
 @dataclass(frozen=True, kw_only=True)
 class _Bait:
-    """What lies outside to be reached: a listening port, a secret, an empty place, a living process."""
+    """What lies outside to be reached.
 
-    port: socket.socket
-    secret: Path
-    new: Path
+    Attributes:
+        doors: sockets that listen, by TCP, UDP and path.
+        directory: holds a secret, and a file that is not to change.
+        victim: a living process.
+    """
+
+    doors: tuple[socket.socket, socket.socket, socket.socket]
+    directory: Path
     victim: "subprocess.Popen[bytes]"
+
+    @property
+    def files(self) -> dict[str, tuple[int, int]]:
+        """Mode and size of each file."""
+        return {path.name: (path.stat().st_mode, path.stat().st_size) for path in self.directory.iterdir()}
 
 
 @contextmanager
@@ -77,47 +97,37 @@ def _laid_out() -> Iterator[_Bait]:
     command = [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"]
     with (
         TemporaryDirectory(prefix="sandbox-bait-") as directory,
-        socket.create_server(("127.0.0.1", 0)) as port,
+        socket.create_server(("127.0.0.1", 0)) as stream,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+        socket.socket(socket.AF_UNIX) as local,
         subprocess.Popen(command, stdin=subprocess.PIPE) as victim,
     ):
-        secret = Path(directory, "secret")
-        secret.write_text(secrets.token_hex())
-        port.settimeout(0)
-        yield _Bait(port=port, secret=secret, new=Path(directory, "new"), victim=victim)
+        datagrams.bind(stream.getsockname())
+        local.bind(f"{directory}/door")
+        local.listen()
+        for name in ("secret", "file"):
+            Path(directory, name).write_text(secrets.token_hex())
+        yield _Bait(doors=(stream, datagrams, local), directory=Path(directory), victim=victim)
 
 
 def escapes(layers: Collection[str], running: Running) -> tuple[set[str], Outcome]:
     """Make every attempt behind these layers; return what succeeded, and the program's outcome."""
     with _laid_out() as bait:
-        token = secrets.token_bytes()
-        source = _ATTEMPTS.format(
-            port=bait.port.getsockname()[1],
-            token=token,
-            secret=str(bait.secret),
-            new=str(bait.new),
-            victim=bait.victim.pid,
-        )
+        paths = {name: str(bait.directory / name) for name in ("door", "secret", "file", "new")}
+        port = bait.doors[0].getsockname()[1]
+        source = _ATTEMPTS.format(port=port, victim=bait.victim.pid, **paths)
+        before = bait.files
         program = Program(name="attempts", source=source, answer=("answer",))
         outcome = launch(program, _LIMITS, layers, running)
         text, forked = outcome.value or (None, False)
         done = {
-            NETWORK: _arrived(bait.port, token),
-            READING: text == bait.secret.read_text(),
-            WRITING: bait.new.exists(),
+            NETWORK: bool(select(bait.doors, (), (), 0)[0]),
+            READING: text == Path(paths["secret"]).read_text(),
+            WRITING: bait.files != before,
             SIGNALS: bait.victim.poll() is not None,
             PROCESSES: forked is True,
         }
         return {name for name, succeeded in done.items() if succeeded}, outcome
-
-
-def _arrived(port: socket.socket, token: bytes) -> bool:
-    try:
-        connection, _ = port.accept()
-    except BlockingIOError:
-        return False
-    with connection:
-        connection.settimeout(5)
-        return connection.recv(len(token)) == token
 
 
 def limits_met(layers: Collection[str], running: Running) -> set[str]:

@@ -76,7 +76,7 @@ class Outcome:
         name: the program's.
         status: "passed": the source ran and no check raised. "failed": one did, or the program ended before
             the checks did. "timeout" and "memory": a limit met. "blocked": an attempt at what no program may
-            do ended it. "error": the sandbox or the checks broke; says nothing about the program.
+            do ended it. "error": the sandbox could not be set up; says nothing about the program.
         reason: one line; empty for "passed".
         stdout: the beginning of what it printed, errors included.
         value: the answer, as plain data, where one was asked for and found.

@@ -80,12 +80,13 @@ def _error(name: str, text: str) -> BaseException:
 
 
 def _reason(error: BaseException, checks: str) -> str:
-    """Return one line: the exception, and the line of the checks that raised it."""
+    """Return one line, fit for a terminal: the exception, and the line of the checks that raised it."""
     name = "" if isinstance(error, ProgramError) else type(error).__name__
     try:
         text = ": ".join(part for part in (name, " ".join(str(error).split())) if part)
     except Exception:
         text = name
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     # Addresses differ from run to run, results must not.
     return _ADDRESS.sub("0x…", (text + _place(error, checks))[:400])
 

@@ -2,7 +2,8 @@
 
 Calls are denied by name, and every number above the last one known here is denied too, so that what a newer
 kernel adds stays shut. Denied are sockets, new processes, programs to execute, other processes, namespaces
-and mounts, kernel keys, tracing, io_uring and administration. Threads and signals to oneself remain.
+and mounts, kernel keys, tracing, io_uring and administration; and, since Landlock does not know them, changes
+to the mode, owner and times of files. Threads and signals to oneself remain.
 """
 
 import ctypes
@@ -63,6 +64,8 @@ def build(architecture: Architecture, process: int) -> list[Instruction]:
         *_only_first(number("kill", architecture), [(_EQUAL, 1, 0, process)]),
         *_only_first(number("tgkill", architecture), [(_EQUAL, 1, 0, process)]),
         *_only_first(number("prlimit64", architecture), [(_EQUAL, 2, 0, 0), (_EQUAL, 1, 0, process)]),
+        # Each jumps to the refusal where it is not to be: a program must not outlive its supervisor.
+        *_only_first(number("prctl", architecture), [(_EQUAL, 0, 1, kernel.PR_SET_PDEATHSIG)], high=False),
         (_RETURN, 0, 0, _ALLOW),
     ]
 

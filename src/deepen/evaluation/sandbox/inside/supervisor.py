@@ -53,8 +53,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     requests, responses, verdicts, output, armed = (os.pipe() for _ in range(5))
     judge = _fork(
-        lambda: _be_checks(job, user, responses[0], requests[1], verdicts[1]),
-        keep=(0, responses[0], requests[1], verdicts[1]),
+        lambda: _be_checks(job, user, responses[0], requests[1], verdicts[1], armed[1]),
+        keep=(0, responses[0], requests[1], verdicts[1], armed[1]),
     )
     if NAMESPACES in job["layers"]:
         namespaces.separate_processes()
@@ -65,16 +65,20 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     )
     for descriptor in (*requests, *responses, verdicts[1], output[1], armed[1]):
         os.close(descriptor)
-    if not os.read(armed[0], 1):
+    if len(os.read(armed[0], 1) + os.read(armed[0], 1)) < 2:
+        os.set_blocking(output[0], False)
         raise OSError(os.read(output[0], 500).decode(errors="replace").strip())
     return _watch(job, judge, runner, verdicts[0], output[0])
 
 
-def _be_checks(job: dict[str, Any], user: int | None, responses: int, requests: int, verdicts: int) -> None:
+def _be_checks(
+    job: dict[str, Any], user: int | None, responses: int, requests: int, verdicts: int, armed: int
+) -> None:
     most = job["limits"]["message_bytes"]
     task = json.loads(frames.receive(0, _MOST_JOB))
     _redirect(os.open("/dev/null", os.O_RDWR), 0, 1, 2)
     confine(job, user=user, read_write=())
+    _report_armed(armed)
     frames.send(verdicts, checks.judge(task, requests, responses, most))
 
 
@@ -86,10 +90,14 @@ def _be_program(
     # The first entries are the standard library's; this package is not for the program.
     sys.path += job["packages"]
     confine(job, user=user, read_write=[os.getcwd()])
-    # Said once, before the program exists: that its layers are on is not for it to say.
+    _report_armed(armed)
+    program.serve(job, requests, responses)
+
+
+def _report_armed(armed: int) -> None:
+    """Say that the layers are on, once: after this the process runs what is not ours."""
     os.write(armed, b"1")
     os.close(armed)
-    program.serve(job, requests, responses)
 
 
 def _redirect(source: int, *targets: int) -> None:

@@ -25,10 +25,14 @@ vfork 58 -, execve 59 221, execveat 322 281, tkill 200 130, rt_sigqueueinfo 129 
 rt_tgsigqueueinfo 297 240, pidfd_open 434 434, pidfd_send_signal 424 424, personality 135 92,
 settimeofday 164 170, clock_settime 227 112, clock_adjtime 305 266, adjtimex 159 171, mknod 133 -,
 mknodat 259 33, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, shmget 29 194, shmat 30 196,
-shmctl 31 195, semget 64 190, semop 65 193, semctl 66 191, semtimedop 220 192, mq_open 240 180
+shmctl 31 195, semget 64 190, semop 65 193, semctl 66 191, semtimedop 220 192, mq_open 240 180,
+chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -, fchown 93 55, lchown 94 -, fchownat 260 54,
+setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15,
+fremovexattr 199 16, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, truncate 76 45
 """
 _WEIGHED = """
-clone 56 220, clone3 435 435, memfd_create 319 279, kill 62 129, tgkill 234 131, prlimit64 302 261
+clone 56 220, clone3 435 435, memfd_create 319 279, kill 62 129, tgkill 234 131, prlimit64 302 261,
+prctl 157 167
 """
 
 

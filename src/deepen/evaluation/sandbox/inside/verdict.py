@@ -27,7 +27,8 @@ def settle(verdict: dict[str, Any] | None, ending: Ending, limits: dict[str, Any
     if ending.timed_out:
         return _said("timeout", f"ran for more than {limits['wall_seconds']:g} s")
     if verdict is None:
-        return _said("error", "the checks ended without a verdict")
+        # They are trusted, but compute with what the program returned.
+        return _said("failed", "the checks met a limit, or crashed, on what the program returned")
     if verdict["status"] != "lost":
         return verdict
     return _said(*_ended(ending, limits))
