@@ -89,9 +89,8 @@ def _directory() -> Iterator[str]:
             shutil.rmtree(directory, ignore_errors=True)
         if os.path.lexists(directory):
             # Directories too deep for Python, or closed to their owner.
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False}
-            subprocess.run(["chmod", "-R", "u+rwx", directory], **quiet)
-            subprocess.run(["rm", "-rf", directory], **quiet)
+            for command in (["chmod", "-R", "u+rwx", directory], ["rm", "-rf", directory]):
+                subprocess.run(command, stderr=subprocess.DEVNULL, check=False)
 
 
 def readable_paths(limits: Limits) -> list[str]:

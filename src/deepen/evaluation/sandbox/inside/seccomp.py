@@ -64,7 +64,7 @@ def build(architecture: Architecture, process: int) -> list[Instruction]:
         *_only_first(number("kill", architecture), [(_EQUAL, 1, 0, process)]),
         *_only_first(number("tgkill", architecture), [(_EQUAL, 1, 0, process)]),
         *_only_first(number("prlimit64", architecture), [(_EQUAL, 2, 0, 0), (_EQUAL, 1, 0, process)]),
-        # Each jumps to the refusal where it is not to be: a program must not outlive its supervisor.
+        # The other way round: all options pass but this, by which a program could outlive its supervisor.
         *_only_first(number("prctl", architecture), [(_EQUAL, 0, 1, kernel.PR_SET_PDEATHSIG)], high=False),
         (_RETURN, 0, 0, _ALLOW),
     ]
