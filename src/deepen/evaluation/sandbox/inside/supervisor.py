@@ -223,17 +223,16 @@ def _end(process: int, patience: float) -> tuple[int | None, Any]:
 
 def _end_descendants() -> None:
     """Kill what the program left behind, where no process namespace did: orphans become our children."""
-    while True:
-        for process in _children():
+    while children := _children():
+        for process in children:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
-        try:
+        with suppress(ChildProcessError):
             os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
 
 
 def _children() -> list[int]:
+    """Return the children of this process; none where there is no /proc, and then a namespace ends with us."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as text:
             return [int(word) for word in text.read().split()]
