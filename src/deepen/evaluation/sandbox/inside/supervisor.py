@@ -232,7 +232,7 @@ def _end_descendants() -> None:
 
 
 def _children() -> list[int]:
-    """Return the children of this process; none where there is no /proc, and then a namespace ends with us."""
+    """Return the children of this process; none without /proc, where a namespace ends with us."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as text:
             return [int(word) for word in text.read().split()]
