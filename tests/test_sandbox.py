@@ -83,7 +83,7 @@ def attempt(bait):
             source = source.replace("{{" + word + "}}", str(value))
         program = Program(name=name, source=source, entry_points=("attempt",), checks=CHECKS)
         programs["timeout" in statuses].append(program)
-    outcomes = run_programs(programs[False], LIMITS) + run_programs(programs[True], TIGHT)
+    outcomes = run_programs(programs[False], LIMITS) + run_programs(programs[True], TIGHT, workers=4)
     return {outcome.name: outcome for outcome in outcomes}
 
 
@@ -278,11 +278,11 @@ def test_without_a_layer_it_refuses_unless_told_in_words(bare):
 
 def test_without_a_layer_what_is_left_behind_is_killed_all_the_same(tmp_path):
     source = (
-        ESCAPES["daemon that stays"][1].replace("{{home}}", str(tmp_path)).replace("sleep(3)", "sleep(2)")
+        ESCAPES["daemon that stays"][1].replace("{{home}}", str(tmp_path)).replace("sleep(3)", "sleep(1)")
     )
     program = Program(name="daemon", source=source, entry_points=("attempt",), checks=CHECKS)
     assert launch(program, LIMITS, (), Running()).passed
-    time.sleep(2.5)
+    time.sleep(1.3)
     assert not os.listdir(tmp_path)
 
 
