@@ -3,7 +3,8 @@
 Not pickle, whose loading runs code, and not marshal, whose loading may crash: JSON in which a scalar is
 itself and everything else a list that begins with its tag. What arrives is made of exact built-in types, so
 no `__eq__` or `__hash__` of the other side ever runs here. Subclasses arrive as their base: a `Counter` as a
-dict, a named tuple as a tuple; an iterator as an iterator over its first `_MOST_ITEMS` items.
+dict, a named tuple as a tuple; an iterator as an iterator over its first `_MOST_ITEMS` items; an object of any
+other kind as an `Opaque`.
 """
 
 import json
@@ -15,12 +16,21 @@ _MOST_ITEMS = 100_000
 _SMALL = 1 << 53
 
 
-class Unplain(TypeError):
-    """A value that is not plain data and therefore cannot leave its process."""
+class Opaque:
+    """Stands for an object that is not plain data: true or false as that one was, and equal to nothing else."""
+
+    def __init__(self, name: str, truth: bool) -> None:
+        self.name, self.truth = name, truth
+
+    def __bool__(self) -> bool:
+        return self.truth
+
+    def __repr__(self) -> str:
+        return f"<an object of type {self.name}>"
 
 
 def encode(value: Any) -> bytes:
-    """Write a value; raises `Unplain`, or RecursionError where it is nested too deeply (or in itself)."""
+    """Write a value; raises RecursionError where it is nested too deeply (or in itself)."""
     return json.dumps(_tagged(value)).encode()
 
 
@@ -72,7 +82,8 @@ def _tagged_sequence(value: Any) -> Any:
         return ["list", [_tagged(item) for item in value]]
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return _tagged(value.tolist())
-    raise Unplain(f"a value of type {type(value).__name__} cannot leave the program's process")
+    name = value.name if isinstance(value, Opaque) else type(value).__name__
+    return ["object", name, bool(value)]
 
 
 # Numbers that equal the built-in ones they stand for.
@@ -120,6 +131,7 @@ _READERS: dict[str, Callable[..., Any]] = {
     "range": lambda *ends: range(*map(_untagged, ends)),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
+    "object": lambda name, truth: Opaque(str(name), truth is True),
     "Fraction": _read_fraction,
     "Decimal": _read_decimal,
 }
