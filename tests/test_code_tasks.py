@@ -62,7 +62,7 @@ def wrong_ones(outcomes, status):
 
 
 def test_a_sample_of_solutions_passes_and_fails_when_spoiled(confined, humaneval, mbpp):
-    # The odd ones too: functions of the prompt in the checks, a builtin's name, the reference's imports, a match.
+    # The odd too: functions of the prompt in the checks, the name of a builtin, an import of the reference.
     some = [humaneval[i] for i in (0, 32, 33, 38, 50, 100, 163)], [mbpp[i] for i in (0, 60, 200, 300, 426)]
     some[1].extend(problem for problem in mbpp if problem["task_id"] in {126, 596, 737})
     assert not wrong_ones(run_programs(solved(*some)), "passed")

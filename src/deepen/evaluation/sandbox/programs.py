@@ -15,7 +15,7 @@ class Program:
     The source runs in one process; setup and checks, which are trusted, in another, where each entry point is
     a function that calls the program's function of that name. Arguments and results cross as plain data
     (numbers, texts, bytes, None, and lists, tuples, sets, dicts, ranges and iterators of them), so a change
-    that a function makes to its argument is not seen by the checks. Of any other object only its truth crosses.
+    that a function makes to its argument is not seen by the checks, and of any other object only its truth.
 
     Attributes:
         name: of the task, for the reader.

@@ -3,8 +3,8 @@
 Not pickle, whose loading runs code, and not marshal, whose loading may crash: JSON in which a scalar is
 itself and everything else a list that begins with its tag. What arrives is made of exact built-in types, so
 no `__eq__` or `__hash__` of the other side ever runs here. Subclasses arrive as their base: a `Counter` as a
-dict, a named tuple as a tuple; an iterator as an iterator over its first `_MOST_ITEMS` items; an object of any
-other kind as an `Opaque`.
+dict, a named tuple as a tuple; an iterator as an iterator over its first `_MOST_ITEMS` items; any other
+object as an `Opaque`.
 """
 
 import json
@@ -17,7 +17,7 @@ _SMALL = 1 << 53
 
 
 class Opaque:
-    """Stands for an object that is not plain data: true or false as that one was, and equal to nothing else."""
+    """Stands for an object that is not plain data: true or false as that one was, and equal to nothing."""
 
     def __init__(self, name: str, truth: bool) -> None:
         self.name, self.truth = name, truth
