@@ -7,6 +7,7 @@ Pure functions: a problem in the form of its published file and a model's text b
 import ast
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -53,8 +54,9 @@ def mbpp_program(problem: Mapping[str, Any], code: str) -> Program:
         problem: a record with task_id, code, test_list, and test_imports (sanitized) or test_setup_code.
         code: the whole function.
     """
-    reference, tests = ast.parse(problem["code"]), "\n".join(problem["test_list"])
-    used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+    tests = "\n".join(problem["test_list"])
+    reference = _parse(problem["code"])
+    used = {node.id for node in ast.walk(_parse(tests)) if isinstance(node, ast.Name)}
     defined = [node.name for node in reference.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     imports = [ast.unparse(node) for node in reference.body if isinstance(node, ast.Import | ast.ImportFrom)]
     return Program(
@@ -64,6 +66,13 @@ def mbpp_program(problem: Mapping[str, Any], code: str) -> Program:
         setup="\n".join([*imports, *problem.get("test_imports", ()), problem.get("test_setup_code") or ""]),
         checks=tests,
     )
+
+
+def _parse(source: str) -> ast.Module:
+    with warnings.catch_warnings():
+        # Escapes like "\\d" outside raw strings, in the published solutions.
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
 
 
 def pot_program(name: str, reply: str) -> Program:
