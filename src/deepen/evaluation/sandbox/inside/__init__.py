@@ -1,0 +1,1 @@
+"""What runs in the sandboxed processes: standard library only, imported without `deepen` itself."""
