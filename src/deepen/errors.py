@@ -11,6 +11,7 @@
     ├── PackError               a block pack that does not belong to this base
     ├── DataError               a text source that is missing, empty or lacks its field
     ├── TrainingError           training that cannot start, resume or go on
+    ├── EvaluationError         a task that cannot be found, read or scored
     ├── Interrupted             work stopped on request, after saving (exit code 130)
     └── CheckFailed             a check that ran and said no (exit code 3)
 
@@ -55,6 +56,10 @@ class DataError(DeepenError):
 
 class TrainingError(DeepenError):
     """Training that cannot start, resume or go on."""
+
+
+class EvaluationError(DeepenError):
+    """An evaluation task that cannot be found, read or scored."""
 
 
 class Interrupted(DeepenError):

@@ -9,6 +9,7 @@ from deepen.checkpoint import fast_fingerprint, resolve_base
 from deepen.config import Recipe, TextSet
 from deepen.data.files import find_files
 from deepen.errors import DeepenError, RecipeError
+from deepen.evaluation.suites import task_specs
 from deepen.expansion import Base, Layout, count_parameters, open_base, plan_layout
 from deepen.families import Family
 from deepen.records import Parameters
@@ -77,6 +78,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
         if text.path is not None:
             _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]
     _check_names(recipe, faults)
+    _collect(faults, "evaluate", lambda: task_specs(recipe.evaluate.suites, recipe.evaluate.tasks))
     if faults:
         raise RecipeError("\n".join(faults))
     windows = max(1, round(recipe.train.batch_tokens / recipe.data.sequence_length))

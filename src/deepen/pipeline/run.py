@@ -17,6 +17,7 @@ from deepen.evaluation.record import build_record, nats_per_token
 from deepen.expansion import check_space
 from deepen.model import bypass
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
+from deepen.pipeline.evaluate import evaluate_run
 from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import RunPlan, plan_run
 from deepen.pipeline.reporter import Reporter, Silent
@@ -121,6 +122,7 @@ def _run(plan: RunPlan, directory: RunDirectory, world: World, reporter: Reporte
         audit = _audit(plan, trainee, reporter)
         outputs = _save(plan, trainee, directory, reporter)
         _record(plan, texts, losses, base_losses, directory, outputs[0], provenance)
+        evaluate_run(outputs[0], plan.recipe, directory.evaluation, place.device, reporter)
         return _finish(plan, trainee, seconds, audit, outputs, directory)
 
     return world.first(conclude)

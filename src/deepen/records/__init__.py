@@ -15,6 +15,7 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
+from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord
 
 __all__ = [
     "AuditResult",
@@ -31,6 +32,9 @@ __all__ = [
     "Provenance",
     "Row",
     "RunResult",
+    "ScoredItem",
+    "ScoredTask",
+    "TaskRecord",
     "TextResult",
     "TrainingPoint",
     "capture_provenance",
