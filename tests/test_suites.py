@@ -201,6 +201,54 @@ def test_generated_texts_go_to_the_scorer(place, tmp_path):
         score_task(loaded, live, 4, {})
 
 
+def test_a_group_is_one_result_over_the_items_of_its_members(place, tmp_path):
+    for number, rows in enumerate((ROWS[:3], ROWS[3:])):
+        file = tmp_path / f"part{number}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [f"task: part{number}", "dataset_path: json", "output_type: multiple_choice"]
+        lines += [f"dataset_kwargs: {{data_files: {{test: '{file}'}}}}", "test_split: test"]
+        lines += ["doc_to_text: '{{query}}'", "doc_to_choice: '{{choices}}'", "doc_to_target: '{{gold}}'"]
+        lines += ["metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"]
+        (tmp_path / f"part{number}.yaml").write_text("\n".join(lines))
+    group = "group: parts\ntask: [part0, part1]\n"
+    group += "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+    (tmp_path / "parts.yaml").write_text(group)
+    found = evaluate(place, "pack", tmp_path / "parts", out=tmp_path / "out")
+    (metric,) = found.metrics
+    record = read_record(tmp_path / "out" / "task-parts.json", TaskRecord)
+    assert (metric.task, metric.n) == ("parts", len(ROWS))
+    assert metric.value == pytest.approx(record.results["parts"]["acc,none"])
+    assert metric.base_value == pytest.approx(record.base_results["parts"]["acc,none"])
+    assert record.results.keys() == {"parts", "part0", "part1"}
+
+
+@pytest.mark.slow
+def test_a_task_of_the_harness_over_a_local_copy(data_dir, place, tmp_path):
+    (tmp_path / "local" / "gsm8k").mkdir(parents=True)
+    for split in ("train", "test"):
+        (tmp_path / "local" / "gsm8k" / f"{split}.jsonl").symlink_to(
+            data_dir / "math" / f"gsm8k-{split}.jsonl"
+        )
+    (tmp_path / "local" / "humaneval.jsonl.gz").symlink_to(data_dir / "code" / "HumanEval.jsonl.gz")
+    from deepen.pipeline.evaluate import Request, evaluate_model
+
+    specs = task_specs([], ["gsm8k:2", "humaneval", "no_such_task"])
+    model = str(data_dir / "models" / "stories260k")
+    found = evaluate_model(
+        Request(
+            target=model, tasks=specs, local=tmp_path / "local", limit=3, device="cpu", out=tmp_path / "out"
+        )
+    )
+    assert [metric.metric for metric in found.metrics] == [
+        "exact_match,strict-match",
+        "exact_match,flexible-extract",
+    ]
+    assert "without a sandbox" in found.failures[0]
+    assert "no_such_task: no such task" in found.failures[1]
+    (line, *_) = items(tmp_path / "out", "gsm8k-2")
+    assert line["request"][0][0].count("Question:") == 3
+
+
 def test_likelihood_per_token_counts_any_right_choice():
     from deepen.evaluation.suites.scoring import _per_token
 

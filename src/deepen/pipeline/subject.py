@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -148,5 +149,5 @@ def _file_digest(path: Path) -> bytes:
 def task_identity(subject: Subject, asked: str, label: str) -> str:
     """Return the digest of all that a task's result depends on: the model, the base, and what is asked."""
     base = subject.apart.digest if subject.apart else subject.base is not None
-    content = json.dumps([subject.model.digest, base, asked, label])
+    content = json.dumps([subject.model.digest, base, asked, label, version("lm_eval")])
     return hashlib.sha256(content.encode()).hexdigest()

@@ -16,7 +16,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from deepen.errors import EvaluationError
-from deepen.evaluation.suites.own_task import harness_config, is_own_task
+from deepen.evaluation.suites.own_task import described_keys, harness_config
 from deepen.evaluation.suites.spec import TaskSpec
 
 _SUFFIXES: Final = {
@@ -50,7 +50,8 @@ class LoadedTask:
     @property
     def group(self) -> Any | None:
         """The group asked for; None for a single task or a tag."""
-        return self.content.get("groups", {}).get(self.spec.name)
+        groups = self.content.get("groups", {})
+        return groups.get(Path(self.spec.name).stem if self.spec.is_file else self.spec.name)
 
 
 class TaskLibrary:
@@ -98,8 +99,11 @@ class TaskLibrary:
             with tempfile.TemporaryDirectory() as scratch:
                 self._point_at_copies(spec.name, manager.task_index, Path(scratch))
                 return _loaded(manager, spec.name)
-        if is_own_task(path):
+        keys = described_keys(path)
+        if not keys & {"task", "group", "include"}:
             return _loaded(TaskManager(include_defaults=False), harness_config(path))
+        if "group" in keys:  # its members lie beside it
+            return _loaded(TaskManager(include_defaults=False, include_path=str(path.parent)), str(path))
         with tempfile.TemporaryDirectory() as scratch:
             return _loaded(TaskManager(include_defaults=False), str(self._with_copy(path, Path(scratch))))
 
@@ -115,6 +119,10 @@ class TaskLibrary:
     def _point_at_copies(self, name: str, index: dict[str, Any], scratch: Path) -> None:
         for leaf in _leaves(name, index):
             entry = index[leaf]
+            if entry.cfg and entry.cfg.get("unsafe_code"):
+                raise EvaluationError(
+                    f"{leaf}: the harness would run what the model writes without a sandbox; use --suite code"
+                )
             if files := self._copies(leaf):
                 index[leaf] = replace(entry, yaml_path=_overlay(scratch, leaf, entry.yaml_path, files))
 
@@ -186,9 +194,15 @@ def _builder(file: Path) -> str | None:
 
 
 def _ask_as(task: Any, spec: TaskSpec) -> None:
-    """Set the shots and the sampling; as the harness, a task that insists on 0 shots keeps them."""
+    """Set the shots and the sampling.
+
+    Raises:
+        EvaluationError: shots are asked of a task that is defined without.
+    """
     held = task.get_config("num_fewshot")
-    if held is None or (spec.shots is not None and held != 0):
+    if held == 0 and spec.shots:
+        raise EvaluationError(f"{spec.label}: the task is defined with 0 shots")
+    if held is None or spec.shots is not None:
         task.set_config(key="num_fewshot", value=spec.shots or 0)
     if spec.samples > 1:
         sampled = {"do_sample": True, "temperature": spec.temperature or 1.0}

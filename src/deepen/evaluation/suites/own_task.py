@@ -69,8 +69,8 @@ class OwnTask(BaseModel):
         return self
 
 
-def is_own_task(path: Path) -> bool:
-    """Whether a YAML file is in this form and not in the harness's own, which says `task`.
+def described_keys(path: Path) -> set[str]:
+    """Return the top keys of a description; the harness's own form says `task`, `group` or `include`.
 
     Raises:
         EvaluationError: it cannot be read.
@@ -79,8 +79,8 @@ def is_own_task(path: Path) -> bool:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: cannot be read ({error})") from None
-    keys = {line.split(":", 1)[0] for line in text.splitlines() if line[:1].isalpha()}
-    return not keys & {"task", "group", "include"}
+    # Not parsed: the harness's form has tags of its own.
+    return {line.split(":", 1)[0] for line in text.splitlines() if line[:1].isalpha()}
 
 
 def harness_config(path: Path) -> dict[str, Any]:

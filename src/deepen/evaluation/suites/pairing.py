@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -92,9 +92,11 @@ def _right(item: ScoredItem) -> bool | None:
 
 
 def _columns(loaded: LoadedTask, scored: ScoredTask) -> Iterator[_Column]:
-    groups = {loaded.spec.label: tuple(loaded.tasks)} if loaded.group or len(loaded.tasks) == 1 else None
-    for name, leaves in (groups or {leaf: (leaf,) for leaf in loaded.tasks}).items():
-        yield from _columns_of(loaded, scored, name, leaves)
+    if loaded.group or len(loaded.tasks) == 1:
+        yield from _columns_of(loaded, scored, loaded.spec.label, tuple(loaded.tasks))
+        return
+    for leaf in loaded.tasks:  # of a tag
+        yield from _columns_of(loaded, scored, replace(loaded.spec, name=leaf).label, (leaf,))
 
 
 def _columns_of(
