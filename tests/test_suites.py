@@ -201,6 +201,67 @@ def test_generated_texts_go_to_the_scorer(place, tmp_path):
         score_task(loaded, live, 4, {})
 
 
+PROBLEM = {
+    "task_id": 0, "text": "Add.", "code": "def f(a):\n  return a + 1", "test_list": ["assert 1", "assert 2", "assert 3"],
+    "prompt": "def f(a):\n", "test": "def check(f): pass", "entry_point": "f",
+    "question": "How many?", "answer": "Two and two.\n#### 4", "labels": [], "label_text": "",
+}  # fmt: skip
+RECORDS = [
+    {**PROBLEM, "task_id": at, "text": f"text {at}", "labels": [at % 8, 7][: at % 3]} for at in range(6)
+]
+
+
+def asked(place, tmp_path, name, shots):
+    """The requests of a shipped task file over local records, and its values under the tiny base."""
+    from deepen.evaluation.suites.bridge import LiveModel
+    from deepen.evaluation.suites.library import TaskLibrary
+    from deepen.evaluation.suites.scoring import build_requests, score_task
+    from deepen.pipeline.texts import load_tokenizer
+
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    spec = next(spec for suite in suite_names() for spec in read_suite(suite) if Path(spec.name).stem == name)
+    loaded = TaskLibrary(tmp_path).load(replace(spec, shots=shots))
+    build_requests(loaded, 2)
+    if spec.scorer:
+        return [request.args[0] for request in loaded.tasks[name].instances], []
+    live = LiveModel(deepen.load(place / "base"), load_tokenizer(place / "base"))
+    scored = score_task(loaded, live, 2, {})
+    return [item.request[0][0] for item in scored.items], scored.items
+
+
+def test_mbpp_shows_the_three_examples_of_its_paper(place, tmp_path):
+    (prompt, _), _ = asked(place, tmp_path, "mbpp", 3)
+    assert [prompt.index(f"text {at} ") for at in (2, 3, 4)] == sorted(
+        prompt.index(f"text {at} ") for at in (2, 3, 4)
+    )
+    assert prompt.count("[BEGIN]") == 4
+    assert prompt.count("[DONE]") == 3
+    assert "text 1 " not in prompt
+    assert prompt.endswith("assert 3\n[BEGIN]\n")
+
+
+def test_humaneval_asks_for_the_body(place, tmp_path):
+    prompts, _ = asked(place, tmp_path, "humaneval", 0)
+    assert prompts == [PROBLEM["prompt"]] * 2
+
+
+def test_mathematics_by_program_shows_programs(place, tmp_path):
+    (prompt, _), _ = asked(place, tmp_path, "gsm8k_pot", 3)
+    assert prompt.count("def solution():\n") == 4
+    assert prompt.count("return result") == 3
+    assert prompt.endswith("Q: How many?\n\n# solution in Python:\n\n\ndef solution():\n")
+
+
+def test_unfair_terms_count_any_label(place, tmp_path):
+    (prompt, _), found = asked(place, tmp_path, "unfair_tos", 1)
+    assert prompt.count("Clause: ") == 2
+    assert [item.target for item in found] == [[1], [2, 7]]
+    for item in found:
+        nats = [each[0] for each in item.answer]
+        assert item.values["acc"] == float(nats.index(max(nats)) in item.target)
+        assert item.values["acc_per_token"] in (0, 1)
+
+
 def test_a_group_is_one_result_over_the_items_of_its_members(place, tmp_path):
     for number, rows in enumerate((ROWS[:3], ROWS[3:])):
         file = tmp_path / f"part{number}.jsonl"

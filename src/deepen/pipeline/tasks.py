@@ -3,7 +3,7 @@
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,26 +67,20 @@ class TaskEvaluation:
     def run(self, specs: list[TaskSpec]) -> tuple[list[TaskRecord], list[str]]:
         """Evaluate every task that is not finished; return the records, and why others failed."""
         records: dict[str, TaskRecord] = {}
-        failures: list[str] = []
-
-        def each(work: Callable[[TaskSpec], TaskRecord | None]) -> None:
+        failures: dict[str, str] = {}
+        for work in (self._model_answers, self._base_answers):
             for spec in specs:
-                if spec.label in records or any(line.startswith(f"{spec.label}:") for line in failures):
+                if spec.label in records or spec.label in failures:
                     continue
                 try:
                     if record := work(spec):
                         records[spec.label] = record
                 except EvaluationError as error:
                     said = str(error)
-                    failures.append(said if said.startswith(f"{spec.label}:") else f"{spec.label}: {said}")
-                    self._reporter.note(f"failed: {failures[-1]}")
-
-        each(self._model_answers)
-        if self._subject.apart is not None:
+                    failures[spec.label] = said if said.startswith(spec.label) else f"{spec.label}: {said}"
+                    self._reporter.note(f"failed: {failures[spec.label]}")
             self._unload()
-            each(self._base_answers)
-        self._unload()
-        return [records[spec.label] for spec in specs if spec.label in records], failures
+        return [records[spec.label] for spec in specs if spec.label in records], list(failures.values())
 
     def _model_answers(self, spec: TaskSpec) -> TaskRecord | None:
         loaded, identity = self._prepare(spec)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-from lm_eval.api.metrics import bits_per_byte, mean, nanmean
+from lm_eval.api.metrics import bits_per_byte, mean
 from numpy.typing import NDArray
 
 from deepen.errors import EvaluationError
@@ -60,7 +60,7 @@ def pair_task(loaded: LoadedTask, model: ScoredTask, base: ScoredTask | None) ->
         raise EvaluationError(
             f"{loaded.spec.label}: has no metric {', '.join(loaded.spec.metrics)}; it has {', '.join(held)}"
         )
-    means = [column for column in columns if column.aggregate in (None, mean, nanmean)]
+    means = [column for column in columns if column.aggregate in (None, mean)]
     compared = compare_items([_paired(column, model, base) for column in means])
     others = [_other(column, model, base) for column in columns if column not in means]
     return [metric.model_copy(update={"role": loaded.spec.role}) for metric in (*compared, *others)]
