@@ -49,12 +49,22 @@ def items(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (out / "items" / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_bypassed_base_is_the_base_loaded_from_disk_to_the_bit(place, tmp_path):
-    evaluate(place, "pack", *KINDS, out=tmp_path / "pack")
-    evaluate(place, "base", *KINDS, out=tmp_path / "base")
+@pytest.fixture(scope="module")
+def of_pack(place):
+    """The tasks of each kind on the pack and its base, and where their items lie."""
+    return evaluate(place, "pack", *KINDS, out=place / "of-pack"), place / "of-pack"
+
+
+@pytest.fixture(scope="module")
+def of_base(place):
+    """The same on the base loaded from disk."""
+    return evaluate(place, "base", *KINDS, out=place / "of-base"), place / "of-base"
+
+
+def test_bypassed_base_is_the_base_loaded_from_disk_to_the_bit(of_pack, of_base):
     changed = []
     for name in KINDS:
-        both, alone = items(tmp_path / "pack", name), items(tmp_path / "base", name)
+        both, alone = items(of_pack[1], name), items(of_base[1], name)
         assert [line["base_answer"] for line in both] == [line["answer"] for line in alone]
         assert [line["request"] for line in both] == [line["request"] for line in alone]
         assert all("base" not in line for line in alone)
@@ -62,8 +72,8 @@ def test_bypassed_base_is_the_base_loaded_from_disk_to_the_bit(place, tmp_path):
     assert any(changed)
 
 
-def test_metrics_stand_beside_the_base_and_equal_the_items(place, tmp_path):
-    found = evaluate(place, "pack", *KINDS, out=tmp_path)
+def test_metrics_stand_beside_the_base_and_equal_the_items(of_pack):
+    found, tmp_path = of_pack
     assert {(metric.task, metric.metric) for metric in found.metrics} == {
         ("choice", "acc"), ("choice", "acc_norm"), ("writing", "exact_match"),
         ("last-word", "acc"), ("last-word", "perplexity"), ("whole", "bits_per_byte"),
@@ -79,8 +89,8 @@ def test_metrics_stand_beside_the_base_and_equal_the_items(place, tmp_path):
     assert bits.ci_low < bits.delta < bits.ci_high
 
 
-def test_whole_texts_are_scored_as_transformers_does(place, tmp_path):
-    found = evaluate(place, "base", "whole", out=tmp_path)
+def test_whole_texts_are_scored_as_transformers_does(place, of_base):
+    (found,) = [metric for metric in of_base[0].metrics if metric.task == "whole"]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(place / "base")
@@ -89,16 +99,17 @@ def test_whole_texts_are_scored_as_transformers_does(place, tmp_path):
     for row in ROWS:
         text = f"{row['query']} {row['choices'][0]}"
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
-        nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        with torch.no_grad():
+            nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         size += len(text.encode())
-    assert found.metrics[0].value == pytest.approx(nats / size / np.log(2), rel=1e-5)
+    assert found.value == pytest.approx(nats / size / np.log(2), rel=1e-5)
 
 
 def test_what_is_finished_is_not_rerun(place, tmp_path, monkeypatch):
-    first = evaluate(place, "pack", "choice", "whole", out=tmp_path)
+    first = evaluate(place, "pack", "choice", out=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("deepen.pipeline.subject.load", lambda *_, **__: pytest.fail("the model was loaded"))
-        assert evaluate(place, "pack", "choice", "whole", out=tmp_path).metrics == first.metrics
+        assert evaluate(place, "pack", "choice", out=tmp_path).metrics == first.metrics
     limited = evaluate(place, "pack", "choice", out=tmp_path, limit=3)
     assert {metric.n for metric in limited.metrics} == {3}
     assert evaluate(place, "base", "choice", out=tmp_path).metrics[0].base_value is None
@@ -149,7 +160,8 @@ def test_a_base_apart_is_loaded_after_the_model(place, tmp_path, monkeypatch):
 
 
 def test_a_batch_that_does_not_fit_is_halved(place, tmp_path, monkeypatch):
-    small = evaluate(place, "base", *KINDS, out=tmp_path / "small", batch_size=2)
+    some = ["choice", "whole"]
+    small = evaluate(place, "base", *some, out=tmp_path / "small", batch_size=2)
     from deepen.evaluation.suites import bridge
 
     real, refused = bridge.HFLM._model_call, []
@@ -161,10 +173,10 @@ def test_a_batch_that_does_not_fit_is_halved(place, tmp_path, monkeypatch):
         return real(self, inps, *rest, **more)
 
     monkeypatch.setattr(bridge.HFLM, "_model_call", scarce)
-    large = evaluate(place, "base", *KINDS, out=tmp_path / "large", batch_size=8)
+    large = evaluate(place, "base", *some, out=tmp_path / "large", batch_size=8)
     assert refused
     assert large.metrics == small.metrics
-    for name in KINDS:
+    for name in some:
         assert items(tmp_path / "large", name) == items(tmp_path / "small", name)
     monkeypatch.setattr(bridge.HFLM, "_model_call", lambda *_, **__: scarce(None, "too long"))
     assert "does not fit the memory" in evaluate(place, "base", "choice").failures[0]
@@ -202,7 +214,8 @@ def test_generated_texts_go_to_the_scorer(place, tmp_path):
 
 
 PROBLEM = {
-    "task_id": 0, "text": "Add.", "code": "def f(a):\n  return a + 1", "test_list": ["assert 1", "assert 2", "assert 3"],
+    "task_id": 0, "text": "Add.", "code": "def f(a):\n  return a + 1",
+    "test_list": ["assert 1", "assert 2", "assert 3"],
     "prompt": "def f(a):\n", "test": "def check(f): pass", "entry_point": "f",
     "question": "How many?", "answer": "Two and two.\n#### 4", "labels": [], "label_text": "",
 }  # fmt: skip

@@ -102,8 +102,8 @@ class TaskLibrary:
         keys = described_keys(path)
         if not keys & {"task", "group", "include"}:
             return _loaded(TaskManager(include_defaults=False), harness_config(path))
-        if "group" in keys:  # its members lie beside it
-            return _loaded(TaskManager(include_defaults=False, include_path=str(path.parent)), str(path))
+        if "group" in keys:  # called as its file, its members beside it
+            return _loaded(TaskManager(include_defaults=False, include_path=str(path.parent)), path.stem)
         with tempfile.TemporaryDirectory() as scratch:
             return _loaded(TaskManager(include_defaults=False), str(self._with_copy(path, Path(scratch))))
 
