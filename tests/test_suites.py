@@ -207,7 +207,7 @@ def test_generated_texts_go_to_the_scorer(place, tmp_path):
     assert any(len(set(texts)) > 1 for _, texts in seen), "nothing was sampled"
     again = score_task(loaded, live, 4, {"long": scorer})
     assert again == scored, "sampling is seeded"
-    (metric,) = pair_task(loaded, scored, scored)
+    (metric,) = pair_task(loaded, scored, scored).metrics
     assert (metric.task, metric.metric, metric.delta) == ("writing@3", "pass@1", 0)
     with pytest.raises(EvaluationError, match="nothing here can score generated texts as long"):
         score_task(loaded, live, 4, {})
@@ -412,6 +412,19 @@ def test_a_run_evaluates_the_tasks_of_its_recipe(place, tmp_path, capsys):
     answer = json.loads(said.out)
     assert [metric["task"] for metric in answer["metrics"]][-2:] == ["choice", "choice"]
     assert "nats_per_token" in {metric["metric"] for metric in answer["metrics"]}
+
+
+def test_all_tasks_are_compared_together(place, tmp_path, monkeypatch):
+    import deepen.evaluation.suites.comparing as comparing
+
+    compare, calls = comparing.compare_items, []
+    monkeypatch.setattr(
+        comparing, "compare_items", lambda items: (calls.append(len(items)), compare(items))[1]
+    )
+    found = evaluate(place, "pack", "choice", "last-word", out=tmp_path)
+    assert calls == [2, 1, 3]
+    records = [read_record(path, TaskRecord) for path in sorted(tmp_path.glob("task-*.json"))]
+    assert [metric for record in records for metric in record.metrics] == found.metrics
 
 
 def test_held_out_loss_of_a_text(place, tmp_path, capsys):

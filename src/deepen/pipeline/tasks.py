@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from deepen.checkpoint import write_file
 from deepen.errors import DataError, EvaluationError
 from deepen.evaluation.suites.bridge import LiveModel
+from deepen.evaluation.suites.comparing import compare_tasks
 from deepen.evaluation.suites.library import LoadedTask, TaskLibrary, quiet_harness
 from deepen.evaluation.suites.pairing import item_lines, pair_task
 from deepen.evaluation.suites.scoring import Scorer, build_requests, score_task
@@ -80,7 +81,12 @@ class TaskEvaluation:
                     failures[spec.label] = said if said.startswith(spec.label) else f"{spec.label}: {said}"
                     self._reporter.note(f"failed: {failures[spec.label]}")
             self._unload()
-        return [records[spec.label] for spec in specs if spec.label in records], list(failures.values())
+        finished = [spec for spec in specs if spec.label in records]
+        compared = compare_tasks([records[spec.label] for spec in finished])
+        for spec, record in zip(finished, compared, strict=True):
+            if record != records[spec.label]:
+                self._write(spec, record)
+        return compared, list(failures.values())
 
     def _model_answers(self, spec: TaskSpec) -> TaskRecord | None:
         loaded, identity = self._prepare(spec)
@@ -150,13 +156,15 @@ class TaskEvaluation:
         spec = loaded.spec
         if model.cut:
             self._reporter.note(f"{model.cut} requests were longer than the context and lost their beginning")
+        paired = pair_task(loaded, model, base)
         record = TaskRecord(
             task=spec.label,
             identity=identity,
             model=self._subject.model.name,
             base=self._subject.base,
             limit=self._settings.limit,
-            metrics=pair_task(loaded, model, base),
+            metrics=paired.metrics,
+            scores=paired.scores,
             results=model.results,
             base_results=base.results if base else {},
             cut=model.cut,
@@ -166,8 +174,11 @@ class TaskEvaluation:
         )
         (self._out / "items").mkdir(parents=True, exist_ok=True)
         write_file(self._out / record.items, "".join(item_lines(model, base)))
-        write_file(self._record_file(spec), record.model_dump_json(indent=1) + "\n")
+        self._write(spec, record)
         return record
+
+    def _write(self, spec: TaskSpec, record: TaskRecord) -> None:
+        write_file(self._record_file(spec), record.model_dump_json(indent=1) + "\n")
 
     def _finished(self, spec: TaskSpec, identity: str) -> TaskRecord | None:
         if not self._record_file(spec).exists():

@@ -15,7 +15,7 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
-from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord
+from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [
     "AuditResult",
@@ -35,6 +35,7 @@ __all__ = [
     "ScoredItem",
     "ScoredTask",
     "TaskRecord",
+    "TaskScores",
     "TextResult",
     "TrainingPoint",
     "capture_provenance",

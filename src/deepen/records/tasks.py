@@ -44,6 +44,24 @@ class ScoredTask(Record):
     cut: int = 0
 
 
+class TaskScores(Record):
+    """One metric of a task that is a mean over items, item by item.
+
+    Attributes:
+        task: name in results.
+        metric: name in results.
+        higher_is_better: whether a larger score is a gain.
+        values: of the model.
+        base: of the base on the same items; None where none was scored.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    values: list[float]
+    base: list[float] | None = None
+
+
 class TaskRecord(Record):
     """`task-NAME.json`: a finished task, the model beside its base.
 
@@ -53,7 +71,9 @@ class TaskRecord(Record):
         model: name or path of the model.
         base: the same of the base; None where none was scored.
         limit: documents taken of each leaf; None: all.
-        metrics: value, base, difference and interval.
+        metrics: value, base, difference and interval; what is adjusted for several tasks is so for those
+            reported together.
+        scores: the items behind those metrics that are means.
         results: the harness's own figures of the model, also of a group's members.
         base_results: the same of the base.
         cut: requests cut at the left to the model's context.
@@ -69,6 +89,7 @@ class TaskRecord(Record):
     base: str | None
     limit: int | None
     metrics: list[Metric]
+    scores: list[TaskScores]
     results: dict[str, dict[str, float]]
     base_results: dict[str, dict[str, float]] = Field(default_factory=dict)
     cut: int = 0

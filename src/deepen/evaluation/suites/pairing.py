@@ -7,15 +7,27 @@ from typing import Any, Final
 
 import numpy as np
 from lm_eval.api.metrics import bits_per_byte, mean
-from numpy.typing import NDArray
 
 from deepen.errors import EvaluationError
-from deepen.evaluation.paired import PairedItems, compare_items
 from deepen.evaluation.statistics import paired_difference, standard_error
+from deepen.evaluation.suites.comparing import compare_scores
 from deepen.evaluation.suites.library import LoadedTask
-from deepen.records import Metric, ScoredItem, ScoredTask
+from deepen.records import Metric, ScoredItem, ScoredTask, TaskScores
 
 _RIGHT: Final = ("acc_per_token", "acc_norm", "acc", "exact_match", "pass@1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTask:
+    """A task under the model and its base.
+
+    Attributes:
+        scores: the items of each metric that is a mean over them.
+        metrics: all metrics, those compared among themselves alone.
+    """
+
+    scores: list[TaskScores]
+    metrics: list[Metric]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +57,14 @@ class _Column:
         ]
 
 
-def pair_task(loaded: LoadedTask, model: ScoredTask, base: ScoredTask | None) -> list[Metric]:
-    """Compute each metric of a task for the model and its base on the same items.
+def pair_task(loaded: LoadedTask, model: ScoredTask, base: ScoredTask | None) -> PairedTask:
+    """Put each metric of a task under the model beside the base's, on the same items.
 
-    Means go through `compare_items`; bits per byte are compared as the ratio of sums they are; other figures
-    of the harness (perplexity, F1, …) are given without an interval.
+    Bits per byte are compared as the ratio of sums they are; other figures of the harness that are no means
+    (perplexity, F1, …) are given without an interval.
 
     Raises:
-        EvaluationError: the task has none of the metrics asked for.
+        EvaluationError: the task has none of the metrics asked for, or one is not a number for each item.
     """
     columns = list(_columns(loaded, model))
     if not columns:
@@ -61,9 +73,13 @@ def pair_task(loaded: LoadedTask, model: ScoredTask, base: ScoredTask | None) ->
             f"{loaded.spec.label}: has no metric {', '.join(loaded.spec.metrics)}; it has {', '.join(held)}"
         )
     means = [column for column in columns if column.aggregate in (None, mean)]
-    compared = compare_items([_paired(column, model, base) for column in means])
+    scores = [_scores(column, model, base) for column in means]
     others = [_other(column, model, base) for column in columns if column not in means]
-    return [metric.model_copy(update={"role": loaded.spec.role}) for metric in (*compared, *others)]
+    metrics = [*compare_scores(scores), *others]
+    return PairedTask(
+        scores=scores,
+        metrics=[metric.model_copy(update={"role": loaded.spec.role}) for metric in metrics],
+    )
 
 
 def item_lines(model: ScoredTask, base: ScoredTask | None) -> Iterator[str]:
@@ -129,26 +145,17 @@ def _metrics(loaded: LoadedTask, scored: ScoredTask, leaves: tuple[str, ...]) ->
     return [metric for metric in held if not own or metric.partition(",")[0] in own]
 
 
-def _paired(column: _Column, model: ScoredTask, base: ScoredTask | None) -> PairedItems:
-    values, others = _numbers(column, model), None if base is None else _numbers(column, base)
-    if others is not None and others.shape != values.shape:
-        raise EvaluationError(
-            f"{column.task}: {column.metric} is not given for the same items by both models"
-        )
-    return PairedItems(
+def _scores(column: _Column, model: ScoredTask, base: ScoredTask | None) -> TaskScores:
+    values, others = column.values(model), None if base is None else column.values(base)
+    if not all(isinstance(value, int | float) for value in (*values, *(others or ()))):
+        raise EvaluationError(f"{column.task}: {column.metric} is not a number for each item")
+    return TaskScores(
         task=column.task,
         metric=column.metric,
+        higher_is_better=column.higher_is_better,
         values=values,
         base=others,
-        higher_is_better=column.higher_is_better,
     )
-
-
-def _numbers(column: _Column, scored: ScoredTask) -> NDArray[np.float64]:
-    try:
-        return np.asarray(column.values(scored), dtype=np.float64)
-    except (TypeError, ValueError):
-        raise EvaluationError(f"{column.task}: {column.metric} is not a number for each item") from None
 
 
 def _other(column: _Column, model: ScoredTask, base: ScoredTask | None) -> Metric:
