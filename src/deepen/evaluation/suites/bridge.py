@@ -59,7 +59,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to its stop sequences, batched, with a KV cache."""
         self._begin(len(requests))
-        self._size_for(self.max_length)
+        self.batch_size_per_gpu = self._most  # only the last position's logits are computed
         return self._halving(lambda: super(LiveModel, self).generate_until(requests, disable_tqdm=True))
 
     def _loglikelihood_tokens(

@@ -16,16 +16,9 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from deepen.errors import EvaluationError
-from deepen.evaluation.suites.own_task import described_keys, harness_config
+from deepen.evaluation.suites.own_task import BUILDERS, dataset_builder, described_keys, harness_config
 from deepen.evaluation.suites.spec import TaskSpec
 
-_SUFFIXES: Final = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".jsonl.gz": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
 _SPLITS: Final = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -134,12 +127,12 @@ class TaskLibrary:
         """Find a task's local data: split -> file, under `*` the one that serves all splits."""
         if self._local is None:
             return None
-        for suffix in _SUFFIXES:
+        for suffix in BUILDERS:
             if (file := self._local / f"{name}{suffix}").is_file():
                 return {"*": file}
         if not (folder := self._local / name).is_dir():
             return None
-        held = {f.name.split(".", 1)[0]: f for f in sorted(folder.iterdir()) if _builder(f)}
+        held = {f.name.split(".", 1)[0]: f for f in sorted(folder.iterdir()) if dataset_builder(f)}
         return held or None
 
 
@@ -175,7 +168,7 @@ def _overlay(scratch: Path, name: str, original: Path, files: Mapping[str, Path]
     if missing := [split for split, file in data.items() if not file]:
         held = ", ".join(str(file) for file in files.values())
         raise EvaluationError(f"{name}: its local copy has no split {missing[0]!r} (found: {held})")
-    builders = {_builder(Path(file)) for file in data.values()}
+    builders = {dataset_builder(Path(file)) for file in data.values()}
     overlay = {
         "include": str(original.resolve()),
         "task": name,
@@ -186,11 +179,6 @@ def _overlay(scratch: Path, name: str, original: Path, files: Mapping[str, Path]
     path = scratch / f"{name}.yaml"
     path.write_text(yaml.safe_dump(overlay))
     return path
-
-
-def _builder(file: Path) -> str | None:
-    """Name the loader of `datasets` for a file; None where there is none."""
-    return next((builder for suffix, builder in _SUFFIXES.items() if file.name.endswith(suffix)), None)
 
 
 def _ask_as(task: Any, spec: TaskSpec) -> None:

@@ -13,12 +13,21 @@ Values are Jinja templates over the keys of a record.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepen.config.document import read_yaml
 from deepen.errors import EvaluationError, RecipeError
+
+BUILDERS: Final = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".jsonl.gz": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+"""Suffix of a data file -> the loader of `datasets` that reads it."""
 
 
 class OwnTask(BaseModel):
@@ -100,9 +109,11 @@ def harness_config(path: Path) -> dict[str, Any]:
     files = {"test": _beside(path, task.path)}
     if task.examples is not None:
         files["examples"] = _beside(path, task.examples)
+    if (builder := dataset_builder(Path(files["test"]))) is None:
+        raise EvaluationError(f"{path}: path: {task.path} is none of {', '.join(BUILDERS)}")
     return {
         "task": task.name,
-        "dataset_path": _builder(files["test"]),
+        "dataset_path": builder,
         "dataset_kwargs": {"data_files": files},
         "test_split": "test",
         "fewshot_split": "examples" if task.examples else "test",
@@ -167,6 +178,6 @@ def _beside(path: Path, named: str) -> str:
     return str(file)
 
 
-def _builder(file: str) -> str:
-    builders = {"csv": "csv", "parquet": "parquet"}
-    return builders.get(file.rsplit(".", 1)[-1], "json")
+def dataset_builder(file: Path) -> str | None:
+    """Name the loader of `datasets` for a file; None where there is none."""
+    return next((builder for suffix, builder in BUILDERS.items() if file.name.endswith(suffix)), None)
