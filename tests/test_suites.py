@@ -319,6 +319,11 @@ def test_a_task_of_the_harness_over_a_local_copy(data_dir, place, tmp_path):
     ]
     assert "without a sandbox" in found.failures[0]
     assert "no_such_task: no such task" in found.failures[1]
+    # Both passes of a base apart find the copies.
+    request = Request(
+        target=model, base=model, tasks=specs[:1], local=tmp_path / "local", limit=2, device="cpu"
+    )
+    assert {metric.delta for metric in evaluate_model(request).metrics} == {0}
     (line, *_) = items(tmp_path / "out", "gsm8k-2")
     assert line["request"][0][0].count("Question:") == 3
 

@@ -77,8 +77,6 @@ class TaskLibrary:
                 content = self._content(spec)
         except EvaluationError:
             raise
-        except KeyError as error:
-            raise EvaluationError(f"{spec.label}: no such task ({_said(error)})") from None
         except Exception as error:  # the harness raises whatever a task's own code and data lead it to
             raise EvaluationError(f"{spec.label}: cannot be loaded: {_said(error)}") from None
         for task in content["tasks"].values():
@@ -88,10 +86,7 @@ class TaskLibrary:
     def _content(self, spec: TaskSpec) -> Mapping[str, Any]:
         path = Path(spec.name) if spec.is_file else self._described(spec.name)
         if path is None:
-            manager = self._indexed()
-            with tempfile.TemporaryDirectory() as scratch:
-                self._point_at_copies(spec.name, manager.task_index, Path(scratch))
-                return _loaded(manager, spec.name)
+            return self._of_harness(spec.name)
         keys = described_keys(path)
         if not keys & {"task", "group", "include"}:
             return _loaded(TaskManager(include_defaults=False), harness_config(path))
@@ -104,10 +99,19 @@ class TaskLibrary:
         path = self._local / f"{name}.yaml" if self._local else None
         return path if path and path.is_file() else None
 
-    def _indexed(self) -> Any:
+    def _of_harness(self, name: str) -> Mapping[str, Any]:
         # The harness reads thousands of files for its index: once.
         self._manager = self._manager or TaskManager()
-        return self._manager
+        index = self._manager.task_index
+        if name not in index:
+            raise EvaluationError(f"{name}: no such task (lm_eval ls tasks lists them)")
+        original = dict(index)
+        with tempfile.TemporaryDirectory() as scratch:
+            self._point_at_copies(name, index, Path(scratch))
+            try:
+                return _loaded(self._manager, name)
+            finally:
+                index.update(original)
 
     def _point_at_copies(self, name: str, index: dict[str, Any], scratch: Path) -> None:
         for leaf in _leaves(name, index):
@@ -169,6 +173,10 @@ def _overlay(scratch: Path, name: str, original: Path, files: Mapping[str, Path]
         held = ", ".join(str(file) for file in files.values())
         raise EvaluationError(f"{name}: its local copy has no split {missing[0]!r} (found: {held})")
     builders = {dataset_builder(Path(file)) for file in data.values()}
+    if len(builders) > 1:
+        raise EvaluationError(
+            f"{name}: its local copy mixes kinds of files: {', '.join(sorted(data.values()))}"
+        )
     overlay = {
         "include": str(original.resolve()),
         "task": name,
