@@ -11,7 +11,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-from deepen.errors import EvaluationError
+from deepen.errors import DeepenError, EvaluationError
 from deepen.evaluation.suites.bridge import LiveModel
 from deepen.evaluation.suites.library import LoadedTask, quiet_harness
 from deepen.records import ScoredItem, ScoredTask
@@ -96,7 +96,10 @@ def score_task(
         _item(name, sample, spec.metrics, model) for name, held in found["samples"].items() for sample in held
     ]
     if spec.scorer is not None:
-        items = _judge(items, found["samples"], scorers[spec.scorer])
+        try:
+            items = _judge(items, found["samples"], scorers[spec.scorer])
+        except (DeepenError, LookupError, TypeError, ValueError) as error:
+            raise EvaluationError(f"{spec.label}: its texts cannot be scored: {_said(error)}") from None
     return ScoredTask(results=_results(found["results"]), items=items, cut=model.cut)
 
 
