@@ -12,6 +12,7 @@
     ├── DataError               a text source that is missing, empty or lacks its field
     ├── TrainingError           training that cannot start, resume or go on
     ├── SandboxError            a machine on which a model's code cannot be run safely
+    ├── EvaluationError         a task that cannot be found, read or scored
     ├── Interrupted             work stopped on request, after saving (exit code 130)
     └── CheckFailed             a check that ran and said no (exit code 3)
 
@@ -60,6 +61,10 @@ class TrainingError(DeepenError):
 
 class SandboxError(DeepenError):
     """A machine on which code that a model wrote cannot be run safely."""
+
+
+class EvaluationError(DeepenError):
+    """An evaluation task that cannot be found, read or scored."""
 
 
 class Interrupted(DeepenError):

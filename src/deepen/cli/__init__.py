@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "import": "deepen.cli.import_model",
     "data": "deepen.cli.data",
     "run": "deepen.cli.run",
+    "evaluate": "deepen.cli.evaluate",
     "compare": "deepen.cli.compare",
     "report": "deepen.cli.report",
     "demo": "deepen.cli.demo",

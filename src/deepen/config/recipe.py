@@ -339,6 +339,19 @@ class EvaluateSection(Section):
     """Also measure on these texts, token by token, how far the model has moved from its base: rank shift and
     KL divergence. Costs as much as evaluating twice more. Only with method `blocks`."""
 
+    suites: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = ()
+    """Benchmarks after training, base and model on the same items: `open-llm`, `code`, `math`, `law`,
+    `safety`, or a YAML file of that form."""
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_sequence)] = ()
+    """Single tasks of lm-evaluation-harness with shots, `arc_challenge:25`, or YAML files describing one."""
+
+    local: str | None = None
+    """Directory of local copies of the tasks' datasets; default: the hub, or its cache."""
+
+    limit: Count | None = None
+    """Documents taken of each task; default: all."""
+
 
 class Recipe(Section):
     """A whole run: base → expand → train → evaluate."""

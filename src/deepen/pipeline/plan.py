@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from deepen.checkpoint import fast_fingerprint, resolve_base
-from deepen.config import Recipe, TextSet
+from deepen.config import EvaluateSection, Recipe, TextSet
 from deepen.data.files import find_files
 from deepen.errors import DeepenError, RecipeError
+from deepen.evaluation.suites import task_specs
 from deepen.expansion import Base, Layout, count_parameters, open_base, plan_layout
 from deepen.families import Family
 from deepen.records import Parameters
@@ -102,6 +104,7 @@ def plan_run(recipe: Recipe) -> Outline:
         if text.path is not None:
             _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]
     _check_names(recipe, faults)
+    _check_tasks(recipe.evaluate, faults)
     if faults:
         raise RecipeError("\n".join(faults))
     windows = windows_per_step(recipe)
@@ -178,6 +181,12 @@ def _check_names(recipe: Recipe, faults: list[str]) -> None:
     for where, names in (("evaluate", evaluated), ("data.sources", trained)):
         for name in sorted({name for name in names if names.count(name) > 1}):
             faults.append(f"{where}: two texts are called {name}; give one of them another name")
+
+
+def _check_tasks(section: EvaluateSection, faults: list[str]) -> None:
+    _collect(faults, "evaluate", lambda: task_specs(section.suites, section.tasks))
+    if section.local is not None and not Path(section.local).is_dir():
+        faults.append(f"evaluate.local: {section.local}: no such directory of local datasets")
 
 
 def heldout_name(source: TextSet) -> str:

@@ -17,6 +17,7 @@ from deepen.evaluation.record import build_record, nats_per_token
 from deepen.expansion import check_space
 from deepen.model import bypass
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
+from deepen.pipeline.evaluate import evaluate_run
 from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
@@ -137,6 +138,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         outputs = _save(plan, trainee, directory, reporter)
         _record(plan, texts, losses, base_losses, shift, directory, outputs[0], provenance)
         quantisation = conclude_quantisation(plan, trainee, place, texts, base_losses, losses, reporter)
+        evaluate_run(outputs[0], plan.recipe, directory.evaluation, place.device, reporter)
         return _finish(plan, trainee, seconds, audit, quantisation, outputs, directory)
 
     return world.first(conclude)

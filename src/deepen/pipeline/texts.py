@@ -34,8 +34,12 @@ class Texts:
 
 def corpus_cache(recipe: Recipe) -> Path:
     """Return the directory of tokenised corpora."""
-    default = os.environ.get("DEEPEN_CACHE") or Path.home() / ".cache" / "deepen"
-    return Path(recipe.data.cache or default)
+    return Path(recipe.data.cache or default_cache())
+
+
+def default_cache() -> Path:
+    """Return where corpora and texts of the hub are kept unless a recipe says otherwise."""
+    return Path(os.environ.get("DEEPEN_CACHE") or Path.home() / ".cache" / "deepen")
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -19,6 +19,7 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
+from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [
     "AuditResult",
@@ -39,6 +40,10 @@ __all__ = [
     "QuantisedLoss",
     "Row",
     "RunResult",
+    "ScoredItem",
+    "ScoredTask",
+    "TaskRecord",
+    "TaskScores",
     "TextResult",
     "TokenShift",
     "TrainingPoint",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-_PACKAGES = ("deepen", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+_PACKAGES = ("deepen", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "lm_eval")
 
 
 class Provenance(BaseModel):

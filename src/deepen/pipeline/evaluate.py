@@ -1,0 +1,210 @@
+"""`deepen evaluate`: benchmarks and held-out loss of a model beside its base."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepen.checkpoint import write_file
+from deepen.config import EvaluateSection, Recipe, TextSet
+from deepen.data.documents import read_documents
+from deepen.data.evaluation_text import EvaluationText, load_evaluation_text
+from deepen.errors import EvaluationError, OutputError
+from deepen.evaluation.heldout import evaluate_texts
+from deepen.evaluation.record import build_record
+from deepen.evaluation.suites import TaskSpec, task_specs
+from deepen.model import bypass
+from deepen.pipeline.reporter import Reporter, Silent
+from deepen.pipeline.subject import Side, Subject, find_subject, open_run_recipe
+from deepen.pipeline.texts import default_cache, load_tokenizer
+from deepen.records import EvaluationRecord, Metric, capture_provenance, read_record
+
+_LONGEST_WINDOW = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to evaluate, and how.
+
+    Attributes:
+        target: a run, a block pack, an adapter or a checkpoint.
+        base: where its base is, or what to compare a plain checkpoint with.
+        tasks: of the harness, or described by files.
+        texts: whose held-out loss is measured.
+        local: directory of local copies of datasets.
+        limit: documents of each task; None: all.
+        batch_size: sequences in a forward pass; None: found.
+        device: `auto`, `cpu`, `cuda` …
+        out: where results are kept; None: a run's own `evaluation/`, otherwise nowhere.
+    """
+
+    target: str
+    base: str | None = None
+    tasks: tuple[TaskSpec, ...] = ()
+    texts: tuple[TextSet, ...] = ()
+    local: Path | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+    out: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What came of it.
+
+    Attributes:
+        subject: what was evaluated.
+        metrics: of held-out texts, then of tasks in the order asked for.
+        failures: tasks that could not be evaluated, with the reason.
+        out: where results lie; None where they were not kept.
+    """
+
+    subject: Subject
+    metrics: list[Metric]
+    failures: list[str]
+    out: Path | None
+
+
+def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evaluation:
+    """Evaluate a model beside its base; what is finished already is not done again.
+
+    Raises:
+        DeepenError: the model, its base, a text or the output cannot be used, or nothing is asked. A task
+            that fails is in the result's `failures` instead.
+    """
+    reporter = reporter or Silent()
+    request, held = _of_run(request)
+    if not (request.tasks or request.texts or held):
+        raise EvaluationError("nothing to evaluate: give --suite, --task or --text")
+    subject = find_subject(request.target, request.base)
+    device = _device(request.device)
+    with _kept(request.out) as out:
+        metrics = [*held, *_text_metrics(subject, request, device, out, reporter)]
+        failures: list[str] = []
+        if request.tasks:
+            found, failures = _task_metrics(subject, request, device, out, reporter)
+            metrics += found
+    return Evaluation(subject=subject, metrics=metrics, failures=failures, out=request.out)
+
+
+def evaluate_run(output: Path, recipe: Recipe, out: Path, device: torch.device, reporter: Reporter) -> None:
+    """Evaluate the tasks of a recipe on what its run has saved; a task that fails is only noted."""
+    section = recipe.evaluate
+    request = Request(
+        target=str(output),
+        base=recipe.base,
+        tasks=task_specs(section.suites, section.tasks),
+        local=Path(section.local) if section.local else None,
+        limit=section.limit,
+        device=str(device),
+        out=out,
+    )
+    if request.tasks:
+        evaluate_model(request, reporter)
+
+
+def _of_run(request: Request) -> tuple[Request, list[Metric]]:
+    """Complete what is asked of a run by its recipe; return also the held-out losses it has."""
+    directory = Path(request.target)
+    recipe = open_run_recipe(directory) if directory.is_dir() else None
+    if recipe is None:
+        return request, []
+    section, heldout = recipe.evaluate, directory / "evaluation" / "heldout.json"
+    given = request.tasks or request.texts
+    request = replace(
+        request,
+        tasks=request.tasks if given else task_specs(section.suites, section.tasks),
+        local=request.local or (Path(section.local) if section.local else None),
+        limit=request.limit or (None if given else section.limit),
+        out=request.out or directory / "evaluation",
+    )
+    return request, read_record(heldout, EvaluationRecord).metrics if heldout.is_file() else []
+
+
+def _task_metrics(
+    subject: Subject, request: Request, device: torch.device, out: Path, reporter: Reporter
+) -> tuple[list[Metric], list[str]]:
+    # The harness takes seconds to import, and is an extra.
+    from deepen.pipeline.tasks import TaskEvaluation, TaskSettings
+
+    settings = TaskSettings(
+        local=request.local, limit=request.limit, batch_size=request.batch_size, device=device
+    )
+    tasks = TaskEvaluation(subject, settings, out, reporter, code_scorers())
+    records, failures = tasks.run(list(request.tasks))
+    return [metric for record in records for metric in record.metrics], failures
+
+
+def code_scorers() -> Mapping[str, Any]:
+    """Return who scores programs: name in a suite -> (documents, texts of each) -> metrics of each."""
+    return {}
+
+
+def _text_metrics(
+    subject: Subject, request: Request, device: torch.device, out: Path, reporter: Reporter
+) -> list[Metric]:
+    if not request.texts:
+        return []
+    reporter.stage("loading the model")
+    model = subject.model.load(device)
+    texts = [_load_text(text, model, subject.model) for text in request.texts]
+    reporter.stage("held-out loss")
+    nll = evaluate_texts(model, texts, progress=reporter.progress)
+    base_nll = None
+    if subject.base is not None:
+        reporter.stage("held-out loss of the base")
+        apart = subject.apart.load(device) if subject.apart else None
+        with nullcontext(apart) if apart else bypass(model) as base:
+            base_nll = evaluate_texts(base, texts, progress=reporter.progress)
+    record = build_record(
+        texts,
+        nll,
+        base_nll,
+        model=subject.model.name,
+        base=subject.base or "",
+        provenance=capture_provenance(data={text.task: text.digest for text in texts}),
+    )
+    write_file(out / "texts.json", record.model_dump_json(indent=1) + "\n")
+    return record.metrics
+
+
+def _load_text(text: TextSet, model: Any, side: Side) -> EvaluationText:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST_WINDOW
+    return load_evaluation_text(
+        read_documents(text, cache=default_cache() / "hub"),
+        load_tokenizer(side.tokenizer),
+        task=text.label,
+        role="general",
+        sequence_length=min(longest, _LONGEST_WINDOW),
+        max_tokens=EvaluateSection().max_tokens,
+    )
+
+
+@contextmanager
+def _kept(out: Path | None) -> Iterator[Path]:
+    """Give the directory results are written to; one that does not last where none was named."""
+    if out is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror})") from None
+    yield out
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EvaluationError(f"device {name}: cannot be used ({str(error).splitlines()[0]})") from None
+    return device
