@@ -14,7 +14,7 @@ from scipy import stats
 from test_data_corpus import write_lines
 from test_data_tokenizers import tiny_bpe
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.batches import Mixture
 from deepen.data.corpus import Corpus, prepare_corpus
 from deepen.data.permutation import permute

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_data_tokenizers import real_tokenizer, tiny_bpe
 from transformers import ByT5Tokenizer
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.build import is_heldout
 from deepen.data.corpus import Corpus, prepare_corpus
 from deepen.errors import DataError, OutputError
@@ -309,7 +309,7 @@ PREPARE = """
 import sys
 import tracemalloc
 from pathlib import Path
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.corpus import prepare_corpus
 sys.path.insert(0, sys.argv[1])
 from test_data_tokenizers import tiny_bpe

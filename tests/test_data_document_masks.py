@@ -8,7 +8,7 @@ from test_data_corpus import write_lines
 from test_data_tokenizers import tiny_bpe
 from torch.nn import functional
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.batches import Mixture
 from deepen.data.corpus import prepare_corpus
 from deepen.data.document_masks import check_document_masks, measure_leak

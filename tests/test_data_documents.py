@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.documents import find_files, read_documents
 from deepen.errors import DataError
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_data_corpus import write_lines
 from test_data_tokenizers import tiny_bpe
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.batches import Mixture
 from deepen.data.corpus import prepare_corpus
 from deepen.data.packing import best_fit_bins, open_windows

@@ -12,7 +12,7 @@ import pytest
 from test_data_corpus import TEXTS, corpora, expected_stream, stream, write_lines
 from test_data_tokenizers import tiny_bpe
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.corpus import prepare_corpus, prepare_piece
 from deepen.data.pieces import Piece, _owners, parse_piece
 from deepen.errors import DataError, RecipeError
@@ -130,7 +130,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_data_tokenizers import tiny_bpe
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data import build, corpus
 from deepen.data.pieces import Piece
 build._BATCH_BYTES = 500

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_data_corpus import expected_stream, stream, write_lines
 from test_data_tokenizers import tiny_bpe
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.corpus import prepare_corpus
 from deepen.data.duplicates import find_duplicates, signature
 from deepen.data.findings import Checks

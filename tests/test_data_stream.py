@@ -7,8 +7,7 @@ import pytest
 from test_data_corpus import TEXTS, corpora, expected_stream, stream, write_lines
 from test_data_tokenizers import tiny_bpe
 
-from deepen.config import parse_recipe
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet, parse_recipe
 from deepen.data.corpus import prepare_corpus, prepare_piece
 from deepen.data.documents import read_documents
 from deepen.data.pieces import Piece

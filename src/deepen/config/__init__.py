@@ -1,18 +1,9 @@
 """The recipe: strict, frozen models read from YAML with `--set` on top."""
 
 from deepen.config.load import dump_recipe, load_recipe, parse_recipe
-from deepen.config.recipe import (
-    DataSection,
-    EvaluateSection,
-    ExpandSection,
-    FreezeSection,
-    LoraSection,
-    PromptSection,
-    Recipe,
-    Source,
-    TextSet,
-    TrainSection,
-)
+from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
+from deepen.config.texts import DataSection, Source, TextSet
+from deepen.config.training import FreezeSection, LoraSection, PromptSection, TrainSection
 
 __all__ = [
     "DataSection",

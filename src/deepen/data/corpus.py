@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.build import FORMAT_VERSION, HELDOUT, META, Making, Progress, build_corpus, cut_units
 from deepen.data.pieces import Piece, join_pieces, map_documents, remove_pieces, take
 from deepen.data.sources import OpenSource, open_source

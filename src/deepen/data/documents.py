@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.files import decode, find_files, kind_of, open_bytes
 from deepen.data.hub import load_hub, stream_hub
 from deepen.data.rows import (

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.errors import DataError
 
 Kind = Literal["plain", "jsonl", "json", "parquet"]

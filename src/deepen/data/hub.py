@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.errors import DataError
 
 

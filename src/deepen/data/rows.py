@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.files import decode, open_bytes
 from deepen.errors import DataError
 

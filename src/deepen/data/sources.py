@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deepen.config.recipe import TextSet
+from deepen.config import TextSet
 from deepen.data.digests import Stamp, file_digests, file_stamp
 from deepen.data.documents import find_files, read_files, with_text
 from deepen.data.files import kind_of

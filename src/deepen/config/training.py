@@ -1,0 +1,155 @@
+"""What trains, and how."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from deepen.config.section import Count, Index, Positive, Real, Section, Share, as_tuple
+
+
+class LoraSection(Section):
+    """Settings of method `lora`."""
+
+    rank: Count = 16
+    """r, the rank of the two factors."""
+
+    alpha: Count | None = None
+    """Scale of the adapter, divided by r (`rslora`: by its root); default: 2 r."""
+
+    dropout: Share = 0.0
+    """Dropout before the adapter."""
+
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """`lora`, rank-stabilised (`rslora`), or with magnitudes apart from directions (`dora`)."""
+
+
+class FreezeSection(Section):
+    """Settings of method `freeze`."""
+
+    blocks: Count = 1
+    """Number of base blocks that train."""
+
+    placement: Literal["interleaved", "suffix", "prefix"] = "interleaved"
+    """Which: those that new blocks so placed would copy."""
+
+
+class PromptSection(Section):
+    """Settings of method `prompt`."""
+
+    length: Count = 10
+    """Learned prompt positions in each block."""
+
+    blocks: Count | None = None
+    """Number of blocks that have them, from the top; default: all."""
+
+
+class TrainSection(Section):
+    """How the trainable parameters are trained."""
+
+    method: Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt"] = "blocks"
+    """What trains: the new blocks; or, without expansion, every parameter (`full`), low-rank adapters
+    (`lora`), some of the base's blocks (`freeze`), a second expert in each feed-forward (`moe`, the paper's
+    control), norms, biases and scales (`scale`, LLaMA-Adapter V2), or attention prompts (`prompt`,
+    LLaMA-Adapter)."""
+
+    lora: LoraSection = LoraSection()
+    """For method `lora`."""
+
+    freeze: FreezeSection = FreezeSection()
+    """For method `freeze`."""
+
+    prompt: PromptSection = PromptSection()
+    """For method `prompt`."""
+
+    quantise: Literal["none", "8bit", "4bit"] = "none"
+    """How the frozen base is held: `8bit` (LLM.int8) or `4bit` (NF4) packs the linear layers of its blocks by
+    bitsandbytes; head, embeddings and what trains are not quantised. For `blocks`, `lora` and `prompt`."""
+
+    match_parameters: Count | None = None
+    """Trainable parameters to come as near to as possible: decides `lora.rank` or `freeze.blocks`."""
+
+    tokens: Count | None = None
+    """Token budget; rounded up to whole steps."""
+
+    epochs: Positive | None = None
+    """Instead of `tokens`: passes through the mixture, 0.5 or 3 for instance; rounded up to whole steps. One
+    epoch is round(weight × windows) windows of each source, at least one."""
+
+    batch_tokens: Count
+    """Tokens in one optimiser step; rounded to whole windows."""
+
+    micro_batch: Count | None = None
+    """Windows in one forward pass; default: as many as hold 16,384 tokens. Does not change the result."""
+
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` holds AdamW's two moments in 8 bits, by bitsandbytes, but for tensors of less than 4,096
+    elements."""
+
+    learning_rate: Positive
+    """Peak learning rate."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+
+    warmup: Share = 0.06
+    """Share of the steps over which the learning rate rises from 0."""
+
+    final_learning_rate: Annotated[Real, Field(ge=0, le=1)] = 0.1
+    """Where the cosine ends, as a share of the peak."""
+
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.1
+    """AdamW decay of matrices; norms and biases have none."""
+
+    betas: Annotated[tuple[Share, Share], BeforeValidator(as_tuple)] = (0.9, 0.95)
+    """AdamW momenta."""
+
+    clip: Positive | None = 1.0
+    """Largest gradient norm over all trainable parameters; null: none."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision; what trains is fp32 always. `auto`: bf16 on a GPU, fp32 on a CPU."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+
+    recompute: Literal["none", "auto", "full"] = "auto"
+    """Activation checkpointing: blocks that compute their forward pass again in the backward pass to save
+    memory. `auto`: as few as the memory asks for, frozen ones first. Does not change the result."""
+
+    prefix_cache: Literal["none", "disk"] = "none"
+    """`disk`: the blocks below the first that trains run once for each window; what they make of it is kept
+    beside the tokenised corpora, for later epochs and later runs. For new blocks near the top, small corpora
+    and several epochs. Takes width × 2 (bf16) or 4 bytes a token. Does not change the result."""
+
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun: `ddp`, the whole model on every device; `fsdp`, every tensor cut over the devices.
+    `auto`: `ddp` where weights, gradients and optimiser take at most 60% of a device. Does not change the
+    result."""
+
+    compile: bool = False
+    """Compile the blocks; slow first step, faster afterwards."""
+
+    seed: Index = 0
+    """Seed of the order of the data and of every random draw."""
+
+    evaluate_every: Count | None = None
+    """Steps between evaluations of held-out loss; default: a tenth of the run."""
+
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; default: a tenth of the run."""
+
+    log: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(as_tuple)] = ()
+    """Where metrics are shown besides `metrics.jsonl`; each needs its package installed."""
+
+    keep_checkpoints: Count = 2
+    """Checkpoints kept; older ones are removed."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("give either tokens or epochs")
+        return self
