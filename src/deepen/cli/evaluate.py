@@ -37,6 +37,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="Sequences in a forward pass; default: as many as fit.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    allow_unprotected: Annotated[
+        str, typer.Option(help="The sandbox's sentence, to run programs where nothing confines them.")
+    ] = "",
     out: Annotated[
         Path | None, typer.Option(help="Keep records and items here; a run keeps them in evaluation/.")
     ] = None,
@@ -63,6 +66,7 @@ def evaluate(
             limit=limit,
             batch_size=batch_size,
             device=device,
+            allow_unprotected=allow_unprotected,
             out=out,
         )
         found = evaluate_model(request, reporter)

@@ -65,6 +65,10 @@ class EvaluateSection(Section):
     limit: Count | None = None
     """Documents taken of each task; default: all."""
 
+    allow_unprotected: str = ""
+    """Model-written programs run in a sandbox only; where the kernel offers none, the sentence that the
+    refusal shows, word for word, has them run all the same."""
+
 
 class Recipe(Section):
     """A whole run: base → expand → train → evaluate."""

@@ -1,7 +1,7 @@
 """`deepen evaluate`: benchmarks and held-out loss of a model beside its base."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from deepen.errors import EvaluationError, OutputError
 from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import build_record
 from deepen.evaluation.suites import TaskSpec, task_specs
+from deepen.evaluation.suites.programs import program_scorers
 from deepen.model import bypass
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.subject import Side, Subject, find_subject, open_run_recipe
@@ -39,6 +40,7 @@ class Request:
         limit: documents of each task; None: all.
         batch_size: sequences in a forward pass; None: found.
         device: `auto`, `cpu`, `cuda` …
+        allow_unprotected: the sandbox's sentence, to run model-written programs where nothing confines them.
         out: where results are kept; None: a run's own `evaluation/`, otherwise nowhere.
     """
 
@@ -50,6 +52,7 @@ class Request:
     limit: int | None = None
     batch_size: int | None = None
     device: str = "auto"
+    allow_unprotected: str = ""
     out: Path | None = None
 
 
@@ -102,6 +105,7 @@ def evaluate_run(output: Path, recipe: Recipe, out: Path, device: torch.device, 
         local=Path(section.local) if section.local else None,
         limit=section.limit,
         device=str(device),
+        allow_unprotected=section.allow_unprotected,
         out=out,
     )
     if request.tasks:
@@ -121,6 +125,7 @@ def _of_run(request: Request) -> tuple[Request, list[Metric]]:
         tasks=request.tasks if given else task_specs(section.suites, section.tasks),
         local=request.local or (Path(section.local) if section.local else None),
         limit=request.limit or (None if given else section.limit),
+        allow_unprotected=request.allow_unprotected or section.allow_unprotected,
         out=request.out or directory / "evaluation",
     )
     return request, read_record(heldout, EvaluationRecord).metrics if heldout.is_file() else []
@@ -135,14 +140,9 @@ def _task_metrics(
     settings = TaskSettings(
         local=request.local, limit=request.limit, batch_size=request.batch_size, device=device
     )
-    tasks = TaskEvaluation(subject, settings, out, reporter, code_scorers())
+    tasks = TaskEvaluation(subject, settings, out, reporter, program_scorers(request.allow_unprotected))
     records, failures = tasks.run(list(request.tasks))
     return [metric for record in records for metric in record.metrics], failures
-
-
-def code_scorers() -> Mapping[str, Any]:
-    """Return who scores programs: name in a suite -> (documents, texts of each) -> metrics of each."""
-    return {}
 
 
 def _text_metrics(

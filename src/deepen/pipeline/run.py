@@ -138,7 +138,9 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         outputs = _save(plan, trainee, directory, reporter)
         _record(plan, texts, losses, base_losses, shift, directory, outputs[0], provenance)
         quantisation = conclude_quantisation(plan, trainee, place, texts, base_losses, losses, reporter)
-        evaluate_run(outputs[0], plan.recipe, directory.evaluation, place.device, reporter)
+        if recipe.train.quantise == "none":
+            trainee.model.cpu()  # what was saved is loaded on the device now
+        evaluate_run(outputs[0], recipe, directory.evaluation, place.device, reporter)
         return _finish(plan, trainee, seconds, audit, quantisation, outputs, directory)
 
     return world.first(conclude)
