@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from deepen.checkpoint import write_file
 from deepen.data.batches import Batch
 from deepen.expansion import plan_layout
-from deepen.model import freeze_base, insert_blocks
+from deepen.model import freeze_base, insert_blocks, load_quantised
 from deepen.records.provenance import capture_provenance
 from deepen.training.interface import Hooks, Settings
 from deepen.training.loop import train
@@ -101,9 +101,12 @@ class Bench:
             shape.model["vocab_size"], size, generator=torch.Generator().manual_seed(1)
         )
 
-    def model(self, placement: str | None = None) -> LlamaForCausalLM:
-        """Return a fresh copy of the base, expanded and frozen if a placement is given."""
-        model = copy.deepcopy(self.base).train().to(self.device)
+    def model(self, placement: str | None = None, *, quantised: bool = False) -> LlamaForCausalLM:
+        """Return a fresh copy of the base, in 4 bits if asked; with a placement expanded and frozen."""
+        if quantised:
+            model = load_quantised(self._saved(), "4bit", dtype=self.dtype, device=self.device).train()
+        else:
+            model = copy.deepcopy(self.base).train().to(self.device)
         if placement:
             count = self.shape.new_blocks
             layout = plan_layout(len(model.model.layers), blocks=count, placement=placement)  # type: ignore[arg-type]
@@ -111,9 +114,16 @@ class Bench:
             freeze_base(model)
         return model
 
-    def ours(self, placement: str | None) -> list[float]:
+    def _saved(self) -> Path:
+        """Return where the base lies on disk."""
+        directory = Path(self.scratch.name, "base")
+        if not directory.exists():
+            self.base.save_pretrained(directory)
+        return directory
+
+    def ours(self, placement: str | None, *, quantised: bool = False) -> list[float]:
         """Train by deepen's loop; return seconds per step."""
-        model = self.model(placement)
+        model = self.model(placement, quantised=quantised)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
@@ -208,6 +218,8 @@ def contenders(bench: Bench) -> Iterator[tuple[str, Callable[[], list[float]]]]:
     """Name every way of training, and how to run it."""
     yield "deepen blocks, interleaved", lambda: bench.ours("interleaved")
     yield "deepen blocks, suffix", lambda: bench.ours("suffix")
+    yield "deepen blocks, interleaved, 4-bit base", lambda: bench.ours("interleaved", quantised=True)
+    yield "deepen blocks, suffix, 4-bit base", lambda: bench.ours("suffix", quantised=True)
     yield "deepen full", lambda: bench.ours(None)
     frozen = "Trainer, same blocks frozen"
     yield frozen, lambda: bench.trainer(bench.model("interleaved"), checkpointing=False)
