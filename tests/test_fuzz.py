@@ -5,6 +5,7 @@ shapes, offsets, file names, types of config values. The only outcomes allowed a
 safetensors library reads, or a DeepenError of at most two lines with nothing left behind.
 """
 
+import gc
 import json
 import logging
 import math
@@ -450,6 +451,7 @@ def test_memory_does_not_grow():
         for _ in range(count):
             outcome(good, {"blocks": 2})
             outcome(bad, {"blocks": 2})
+        gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()

@@ -17,7 +17,7 @@ from deepen.model import load
 from deepen.training.checkpoints import newest_checkpoint
 
 # What a line of metrics says about time, which no run repeats.
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "flops_per_second", "utilisation"}
 
 # One process imports torch, then forks a child for each order, so that a hundred kills cost one import.
 SERVER = """

@@ -143,7 +143,8 @@ def _gauge(plan: RunPlan, trainee: Trainee, world: World) -> Gauge:
     """Count what a step computes, and measure what the devices attain where the run is long enough for it."""
     device = trainee.model.device
     blocks = list(blocks_of(trainee.model, plan.base.family))
-    cost = count_flops(trainee.root, trainee.model, blocks, plan.recipe.data.sequence_length)
+    with torch.autocast(device.type, dtype=trainee.autocast) if trainee.autocast else nullcontext():
+        cost = count_flops(trainee.root, trainee.model, blocks, plan.recipe.data.sequence_length)
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time
     found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []
