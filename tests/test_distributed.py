@@ -27,7 +27,7 @@ SETTINGS = {
     "train__keep_checkpoints": 3,
 }
 METHODS = {
-    "blocks": {"evaluate__shift": True},
+    "blocks": {"evaluate": {"shift": True}},
     "full": {},
     "freeze": {"train__freeze__blocks": 1},
     "lora": {},
@@ -97,6 +97,7 @@ def run_by_one(recipe):
     run_recipe(load_recipe(recipe), resume=True)
 
 
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The runs of the daily suite, METHOD-ROUTE; and what two processes said."""
     root = tmp_path_factory.mktemp("distributed")
@@ -130,12 +131,6 @@ def losses(directory):
     return [line["loss"] for line in steps(directory)]
 
 
-def saved(run):
-    result = json.loads((run / "result.json").read_text())
-    (file,) = (run / result["outputs"][0]).glob("*.safetensors")
-    return result, load_file(file)
-
-
 def shifts(directory):
     return json.loads((directory / "evaluation" / "heldout.json").read_text()).get("shift") or []
 
@@ -146,6 +141,12 @@ def check_blocks(many, one):
         assert ours["blocks"].keys() == alone["blocks"].keys()
         for index, figures in alone["blocks"].items():
             assert ours["blocks"][index] == pytest.approx(figures, rel=0.01)
+
+
+def saved(run):
+    result = json.loads((run / "result.json").read_text())
+    (file,) = (run / result["outputs"][0]).glob("*.safetensors")
+    return result, load_file(file)
 
 
 def check_same(root, method, route):

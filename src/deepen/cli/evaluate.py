@@ -71,12 +71,13 @@ def evaluate(
         )
         found = evaluate_model(request, reporter)
     _report(found, as_json)
-    if found.failures:
-        lines = "\n".join(found.failures)
-        print(
-            f"error: {len(found.failures)} tasks failed; the others' results are kept\n{lines}",
-            file=sys.stderr,
-        )
+    _fail(found.failures)
+
+
+def _fail(failures: list[str]) -> None:
+    if failures:
+        said = f"error: {len(failures)} tasks failed; the others' results are kept"
+        print(said, *failures, sep="\n", file=sys.stderr)
         raise typer.Exit(2)
 
 

@@ -116,6 +116,11 @@ class TrainSection(Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
 
+    loss: Literal["parts", "liger"] = "parts"
+    """Cross-entropy without the logits of a whole batch in memory: in `parts`, by PyTorch alone; or by the
+    fused kernel of liger-kernel, on a GPU, which is tried beside the other before training and refused where
+    it gives anything else."""
+
     recompute: Literal["none", "auto", "full"] = "auto"
     """Activation checkpointing: blocks that compute their forward pass again in the backward pass to save
     memory. `auto`: as few as the memory asks for, frozen ones first. Does not change the result."""

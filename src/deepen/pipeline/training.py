@@ -23,7 +23,9 @@ from deepen.pipeline.trainee import Trainee
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
 from deepen.training.flops import Gauge, attained, calibration_flops, count_flops
 from deepen.training.interface import Hooks, Settings, StepReport
+from deepen.training.liger import liger_loss
 from deepen.training.loop import train
+from deepen.training.loss import summed_loss
 from deepen.training.optimizer import build_optimizer
 from deepen.training.prefix import PrefixCache
 from deepen.training.signals import stop_on_signal
@@ -88,8 +90,7 @@ def train_to_the_end(
         where, keep = directory.checkpoints, section.keep_checkpoints
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
-    name = _window_names(plan, mixture)
-    note = log.step if log else _ignore
+    name, note = _window_names(plan, mixture), log.step if log else _ignore
     hooks = Hooks(log=note, evaluate=evaluate, save=save, stop=bool, name_window=name)
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
         _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix)
@@ -211,4 +212,5 @@ def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
         autocast=trainee.autocast,
         evaluate_every=plan.evaluate_every,
         checkpoint_every=plan.checkpoint_every,
+        loss=liger_loss(trainee.model, trainee.autocast) if section.loss == "liger" else summed_loss,
     )

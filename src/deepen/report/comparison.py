@@ -62,10 +62,10 @@ def render_table(comparison: Comparison) -> Table:
 def render_tall_table(comparison: Comparison) -> Table:
     """Return the comparison as a table of six columns, however many texts there are."""
     table = _table(comparison)
-    for heading in ("text", "run"):
-        table.add_column(heading)
+    table.add_column("text", no_wrap=True)
+    table.add_column("run", overflow="fold")  # of all columns a name can best do with two lines
     for heading in ("loss", "Δ base", "95% interval", "p"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for place, column in enumerate(comparison.columns):
         # The base's row and the first run's are always there to hold these two.
         said = chain((column.name, _MEANING[column.role]), repeat(""))

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from deepen.training.loss import Loss, summed_loss
 from deepen.training.meters import BlockReport
 
 
@@ -54,6 +55,7 @@ class Settings:
         autocast: dtype of the compute, or None for the parameters' own.
         evaluate_every: steps between evaluations.
         checkpoint_every: steps between checkpoints.
+        loss: of (model, inputs, targets, positions), summed over targets.
     """
 
     steps: int
@@ -67,6 +69,7 @@ class Settings:
     autocast: torch.dtype | None
     evaluate_every: int
     checkpoint_every: int
+    loss: Loss = summed_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from deepen.errors import Interrupted, TrainingError
 from deepen.model.structure import family_of
 from deepen.training.interface import Batch, Hooks, Settings, StepReport
-from deepen.training.loss import IGNORED, summed_loss
+from deepen.training.loss import IGNORED
 from deepen.training.meters import BlockReport, Blocks, by_block, gradient_norms, step_blocks
 from deepen.training.nonfinite import NotFinite, explain, find_bad_windows
 from deepen.training.parallel import Root, without_exchange
@@ -156,7 +156,7 @@ def _accumulate(
         part = _part(batch, rows, device)
         with without_exchange(root, last=index == passes - 1):
             with _autocast(device, settings.autocast), _below(prefix, batch, rows):
-                nll = root(lambda model, part=part: summed_loss(model, *part)) * counts
+                nll = root(lambda model, part=part: settings.loss(model, *part)) * counts
             # Of gradients the mean over processes is taken: hence their number.
             (nll / (total / world.size)).backward()
         summed += nll.detach().to(summed)

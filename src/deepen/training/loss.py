@@ -6,6 +6,7 @@ least there is, and memory for one part. What a model class does to its logits (
 done by its own forward.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from deepen.model.head import only_head
+
+# As `summed_loss`.
+Loss = Callable[..., torch.Tensor]
 
 # A target that does not count.
 IGNORED: Final = -100
