@@ -31,6 +31,7 @@ from deepen.pipeline.trainee import (
     load_base,
     prepare_trainee,
     round_to_saved,
+    set_aside,
     spread_trainee,
 )
 from deepen.pipeline.training import train_to_the_end
@@ -138,8 +139,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         outputs = _save(plan, trainee, directory, reporter)
         _record(plan, texts, losses, base_losses, shift, directory, outputs[0], provenance)
         quantisation = conclude_quantisation(plan, trainee, place, texts, base_losses, losses, reporter)
-        if recipe.train.quantise == "none":
-            trainee.model.cpu()  # what was saved is loaded on the device now
+        set_aside(trainee)
         evaluate_run(outputs[0], recipe, directory.evaluation, place.device, reporter)
         return _finish(plan, trainee, seconds, audit, quantisation, outputs, directory)
 

@@ -124,6 +124,12 @@ def assemble_trainee(trainee: Trainee, world: World) -> Trainee:
     return replace(trainee, parameters={name: named[name] for name in trainee.parameters})
 
 
+def set_aside(trainee: Trainee) -> None:
+    """Free the device for what was saved. A packed model stays there, a sharded one has left it."""
+    if trainee.model.device.type != "cpu" and not packed_layers(trainee.model):
+        trainee.model.cpu()
+
+
 def _prove_identity(
     plan: RunPlan, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
 ) -> IdentityResult:
