@@ -22,7 +22,7 @@ demo: $(CORE) ## see a small model learn a new field, offline, in about two minu
 	$(BIN)/deepen demo $(ARGS)
 
 test: $(VENV)/.dev ## run the tests (ARGS="-k name")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
