@@ -89,7 +89,7 @@ def results() -> str:
         f"{title}\n\n{_results_table(json.loads((RECORDS / name).with_suffix('.json').read_text()))}"
         for name, title in _STUDIES.items()
     )
-    return tables + _expand_result()
+    return tables + _expand_result() + _train_result()
 
 
 def _expand_result() -> str:
@@ -111,6 +111,22 @@ def _expand_result() -> str:
         "Time of an expansion against a copy of its output. deepen brings what it writes to the disk, `cp`\n"
         "alone leaves it in memory. The other tools write the same tensors, in so many times our time:\n\n"
         f"{_table(head, rows)}<sub>`make bench`; records: benchmarks/records.</sub>\n\n"
+    )
+
+
+def _train_result() -> str:
+    record = json.loads((ROOT / "benchmarks" / "records" / "train.json").read_text())
+    rows = [
+        [name, f"{figure['tokens_per_second']:,.0f}", f"{1e3 * figure['seconds_low']:.0f} ms"]
+        for name, figure in record["figures"].items()
+    ]
+    hardware, packages = record["provenance"]["hardware"], record["provenance"]["packages"]
+    where = f"{hardware['processor']}, {hardware['cores']} cores; torch {packages['torch']}"
+    return (
+        "Training steps on one model (8 blocks of width 256 and 2 new ones, 1,024 tokens a step, fp32) and the\n"
+        "same batches, in turns. On a GPU: not measured.\n\n"
+        f"{_table(['', 'tokens/s, median', 'fastest step'], rows)}"
+        f"<sub>{where}; `benchmarks/train.py`, record: benchmarks/records/train.json.</sub>\n\n"
     )
 
 
