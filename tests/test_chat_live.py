@@ -86,12 +86,32 @@ def test_a_reply_ends_with_a_stop_sequence(model, tokenizer):
 
 def test_a_long_conversation_has_less_room_or_none_and_the_others_keep_theirs(model, tokenizer):
     live = LiveChat(model, tokenizer, "digest", max_new_tokens=8)
-    nearly, long = ([user("?" * length)] for length in (105, 300))
+    nearly, long = ([user("?" * length)] for length in (108, 300))
     text = tokenizer.apply_chat_template(nearly, tokenize=False, add_generation_prompt=True)
     room = 128 - len(tokenizer(text, add_special_tokens=False)["input_ids"])
     assert 0 < room < 8
     expected = [greedy(model, tokenizer, nearly, room), greedy(model, tokenizer, TALKS[0], 8), None]
     assert live.reply([nearly, TALKS[0], long]) == expected
+
+
+def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, monkeypatch):
+    sizes, generate = [], LiveChat._generate
+
+    def limited(self, prompts, *others):
+        sizes.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(self, prompts, *others)
+
+    talks, most = [[user(f"block {at}")] for at in range(9)], 2
+    expected = LiveChat(model, tokenizer, "digest", max_new_tokens=4, batch_size=1).reply(talks)
+    monkeypatch.setattr(LiveChat, "_generate", limited)
+    live = LiveChat(model, tokenizer, "digest", max_new_tokens=4, batch_size=8)
+    assert live.reply(talks) == expected
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, 1]
+    most = 0
+    with pytest.raises(EvaluationError, match="one conversation alone"):
+        live.reply(talks)
 
 
 def test_identities_tell_what_replies_depend_on(model, tokenizer):

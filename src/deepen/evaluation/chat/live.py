@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from deepen.errors import EvaluationError
 from deepen.evaluation.chat.messages import Message, digest_of
+from deepen.evaluation.memory import free_memory, lacks_memory
 from deepen.model import bypass
 
 _UNSAMPLED: Final = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -41,7 +42,8 @@ class LiveChat:
             identity: digest of the weights that answer.
             bypassed: answer with the model's new blocks switched off.
             max_new_tokens: of a reply; fewer where the context ends before.
-            batch_size: conversations in a forward pass; sizes change results by rounding only.
+            batch_size: conversations in a forward pass, halved where they do not fit the memory; sizes change
+                results by rounding only.
 
         Raises:
             EvaluationError: the tokenizer has no chat template.
@@ -68,7 +70,7 @@ class LiveChat:
         replies: list[str | None] = [None] * len(prompts)
         with bypass(self._model) if self._bypassed else nullcontext():
             for room, batch in self._batches(prompts):
-                texts = self._generate([prompts[at] for at in batch], room, stop)
+                texts = self._halving([prompts[at] for at in batch], room, stop)
                 for at, text in zip(batch, texts, strict=True):
                     replies[at] = text
         return replies
@@ -80,8 +82,23 @@ class LiveChat:
         for most, places in groupby(order, key=room.__getitem__):
             if most > 0:
                 held = list(places)
-                for start in range(0, len(held), self._batch_size):
-                    yield most, held[start : start + self._batch_size]
+                while held:
+                    batch = held[: self._batch_size]
+                    held = held[len(batch) :]
+                    yield most, batch
+
+    def _halving(self, prompts: Sequence[list[int]], room: int, stop: Sequence[str]) -> list[str]:
+        """Halve a batch that does not fit the memory, and those after it."""
+        try:
+            return self._generate(prompts, room, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            if len(prompts) == 1:
+                raise EvaluationError("one conversation alone does not fit the memory") from None
+        free_memory()
+        self._batch_size = half = len(prompts) // 2
+        return [*self._halving(prompts[:half], room, stop), *self._halving(prompts[half:], room, stop)]
 
     def _encode(self, conversation: Sequence[Message]) -> list[int]:
         try:
