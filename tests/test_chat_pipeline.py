@@ -70,6 +70,7 @@ def test_a_pack_and_its_base_are_judged_and_kept(place, tmp_path, monkeypatch):
         "grade", "preference", "sr@1", "sr@2",
     ]  # fmt: skip
     assert read_record(tmp_path / "of-pack" / "task-quiz.json", TaskRecord).scores == quiz.scores
+    assert quiz.provenance.data["judge"] == "judge"
     both, of_base = (
         [json.loads(line) for line in (tmp_path / where / "items" / "quiz.jsonl").read_text().splitlines()]
         for where in ("of-pack", "of-base")

@@ -59,6 +59,19 @@ class ChatRequest:
     allow_unprotected: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A file, what scores it, and what else its result depends on."""
+
+    file: Path
+    score: Callable[[Responder, Responder | None], Scored]
+    about: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+
 def evaluate_chat(request: ChatRequest, reporter: Reporter | None = None) -> list[TaskRecord]:
     """Have a model and its base answer; write `task-NAME.json` and `items/NAME.jsonl`, NAME being the file's.
 
@@ -74,53 +87,58 @@ def evaluate_chat(request: ChatRequest, reporter: Reporter | None = None) -> lis
     reporter.stage("loading the model")
     model, base = _responders(subject, request)
     records = []
-    for file, score in jobs:
-        reporter.stage(file.stem)
+    for job in jobs:
+        reporter.stage(job.name)
         begun = time.monotonic()
-        scored = score(model, base)
+        scored = job.score(model, base)
         if scored.left_out:
-            reporter.note(f"{file.stem}: the judge gave no verdict on {scored.left_out} questions")
-        identity = digest_of(model.identity, base.identity if base else None, file.read_text("utf-8"))
-        records.append(_keep(request.out, file.stem, identity, subject, scored, time.monotonic() - begun))
+            reporter.note(f"{job.name}: the judge gave no verdict on {scored.left_out} questions")
+        sides = [model.identity, base.identity if base else None]
+        identity = digest_of(*sides, job.file.read_text("utf-8"), job.about)
+        records.append(_keep(request.out, job, identity, subject, scored, time.monotonic() - begun))
     return records
 
 
-def _jobs(
-    request: ChatRequest, reporter: Reporter
-) -> list[tuple[Path, Callable[[Responder, Responder | None], Scored]]]:
-    """Read every file before anything is loaded; return it with what scores it."""
-    kept, jobs = request.out / "chat", []
+def _jobs(request: ChatRequest, reporter: Reporter) -> list[_Job]:
+    """Read every file before anything is loaded."""
+    jobs = []
     if request.questions is not None:
         if request.judge is None:
             raise EvaluationError(f"{request.questions}: questions need a judge")
-        name = request.questions.stem
-        score: Callable[[Responder, Responder | None], Scored] = partial(
-            score_questions,
-            read_questions(request.questions),
-            judge=request.judge,
-            name=name,
-            answers=Journal(kept / f"{name}-answers.jsonl"),
-            verdicts=Journal(kept / f"{name}-verdicts.jsonl"),
-            progress=reporter.progress,
-        )
-        jobs.append((request.questions, score))
+        jobs.append(_question_job(request.questions, request.judge, request.out / "chat", reporter))
     if request.tools is not None:
-        name = request.tools.stem
-        score = partial(
-            score_tools,
-            read_tool_tasks(request.tools),
-            turns=request.turns,
-            name=name,
-            run=partial(run_programs, allow_unprotected=request.allow_unprotected),
-            journal=Journal(kept / f"{name}-episodes.jsonl"),
-            progress=reporter.progress,
-        )
-        jobs.append((request.tools, score))
+        jobs.append(_tool_job(request.tools, request, reporter))
     if not jobs:
         raise EvaluationError("nothing to ask: give questions or tools")
-    if len({file.stem for file, _ in jobs}) < len(jobs):
-        raise EvaluationError(f"{jobs[0][0]} and {jobs[1][0]}: give the files names that differ")
+    if len({job.name for job in jobs}) < len(jobs):
+        raise EvaluationError(f"{jobs[0].file} and {jobs[1].file}: give the files names that differ")
     return jobs
+
+
+def _question_job(file: Path, judge: Judge, kept: Path, reporter: Reporter) -> _Job:
+    score = partial(
+        score_questions,
+        read_questions(file),
+        judge=judge,
+        name=file.stem,
+        answers=Journal(kept / f"{file.stem}-answers.jsonl"),
+        verdicts=Journal(kept / f"{file.stem}-verdicts.jsonl"),
+        progress=reporter.progress,
+    )
+    return _Job(file=file, score=score, about={"judge": judge.endpoint.model})
+
+
+def _tool_job(file: Path, request: ChatRequest, reporter: Reporter) -> _Job:
+    score = partial(
+        score_tools,
+        read_tool_tasks(file),
+        turns=request.turns,
+        name=file.stem,
+        run=partial(run_programs, allow_unprotected=request.allow_unprotected),
+        journal=Journal(request.out / "chat" / f"{file.stem}-episodes.jsonl"),
+        progress=reporter.progress,
+    )
+    return _Job(file=file, score=score, about={"turns": str(request.turns)})
 
 
 def _responders(subject: Subject, request: ChatRequest) -> tuple[LiveChat, LiveChat | None]:
@@ -137,11 +155,11 @@ def _responders(subject: Subject, request: ChatRequest) -> tuple[LiveChat, LiveC
 
 
 def _keep(
-    out: Path, name: str, identity: str, subject: Subject, scored: Scored, seconds: float
+    out: Path, job: _Job, identity: str, subject: Subject, scored: Scored, seconds: float
 ) -> TaskRecord:
     """Write the items, then the record."""
     record = TaskRecord(
-        task=name,
+        task=job.name,
         identity=identity,
         model=subject.model.name,
         base=subject.base,
@@ -150,14 +168,14 @@ def _keep(
         scores=scored.scores,
         results=scored.results,
         base_results=scored.base_results,
-        items=f"items/{name}.jsonl",
+        items=f"items/{job.name}.jsonl",
         seconds=round(seconds, 2),
-        provenance=capture_provenance(data={name: identity}),
+        provenance=capture_provenance(data={job.name: identity, **job.about}),
     )
     try:
         (out / "items").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror})") from None
     write_file(out / record.items, "".join(scored.lines))
-    write_file(out / f"task-{name}.json", record.model_dump_json(indent=1) + "\n")
+    write_file(out / f"task-{job.name}.json", record.model_dump_json(indent=1) + "\n")
     return record
