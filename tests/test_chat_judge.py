@@ -1,6 +1,7 @@
 """Graded questions against a local endpoint: what it may answer, and what comes of it."""
 
 import json
+import threading
 import time
 
 import numpy as np
@@ -76,14 +77,25 @@ def test_what_may_pass_is_asked_again(first):
     assert len(stub.requests) == 2
 
 
-def test_retry_after_counts_instead_of_the_own_wait(monkeypatch):
-    waited = []
-    monkeypatch.setattr(time, "sleep", waited.append)
+class Waits(threading.Event):
+    """Notes how long it was to wait, and does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def wait(self, timeout=None):
+        self.waited.append(timeout)
+        return self.is_set()
+
+
+def test_retry_after_counts_instead_of_the_own_wait():
+    stop = Waits()
     turned_away = [(429, {}, {"Retry-After": wait}) for wait in ("7", "9999", "Mon, 1 Jan 2029 00:00:00 GMT")]
     with serving(replies(*turned_away, completion("hi"))) as stub:
-        ask(endpoint(stub, backoff=1), HELLO)
-    assert waited[:2] == [7, 60]
-    assert 3 <= waited[2] <= 5  # the third of 1, 2, 4, give or take a quarter
+        ask(endpoint(stub, backoff=1), HELLO, stop)
+    assert stop.waited[:2] == [7, 60]
+    assert 3 <= stop.waited[2] <= 5  # the third of 1, 2, 4, give or take a quarter
 
 
 @pytest.mark.parametrize(
@@ -164,10 +176,10 @@ def grade_by(wanted):
     return answer
 
 
-def judged(stub, base=True, questions=QUESTIONS, **options):
-    judge = Judge(endpoint=endpoint(stub, attempts=1), tries=2)
+def judged(stub, base=True, attempts=1, workers=4, **options):
+    judge = Judge(endpoint=endpoint(stub, attempts=attempts), tries=2, workers=workers)
     theirs = Scripted("base") if base else None
-    return score_questions(questions, Scripted("model"), theirs, judge, name="quiz", **options)
+    return score_questions(QUESTIONS, Scripted("model"), theirs, judge, name="quiz", **options)
 
 
 def test_grades_and_preferences_are_paired_by_question():
@@ -225,6 +237,19 @@ def test_what_is_not_judged_is_left_out_for_both():
 def test_no_verdict_at_all_is_an_error():
     with serving(lambda _: completion("no idea")) as stub, pytest.raises(DeepenError, match="on any of 6"):
         judged(stub)
+
+
+def test_a_failure_ends_the_attempts_of_the_others():
+    def answer(body):
+        if "first 0" in body["messages"][0]["content"]:
+            time.sleep(0.1)
+            return 400, b"", {}
+        return 503, b"", {"Retry-After": "30"}
+
+    begun = time.monotonic()
+    with serving(answer) as stub, pytest.raises(EvaluationError, match="status 400"):
+        judged(stub, base=False, attempts=6, workers=20)
+    assert time.monotonic() - begun < 10
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path):

@@ -4,7 +4,7 @@ import http.client
 import json
 import os
 import random
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -45,10 +45,12 @@ class Endpoint:
     options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})
 
     def __post_init__(self) -> None:
-        """Refuse what is no address."""
+        """Refuse what is no address, and no attempt."""
         parts = urlsplit(self.url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username:
             raise EvaluationError(f"judge {self.url!r}: must be an address such as https://host/v1")
+        if self.attempts < 1:
+            raise EvaluationError(f"judge {self.url}: {self.attempts} attempts; must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -72,21 +74,27 @@ class _Again(Exception):
         self.wait = wait
 
 
-def ask(endpoint: Endpoint, messages: Sequence[Message]) -> Answer:
+def ask(endpoint: Endpoint, messages: Sequence[Message], stop: threading.Event | None = None) -> Answer:
     """Send a conversation and return the answer.
+
+    Args:
+        endpoint: where to.
+        messages: the conversation.
+        stop: set from elsewhere, there is no further attempt.
 
     Raises:
         EvaluationError: the endpoint cannot be reached, refuses the request, or does not answer in its form.
     """
-    said = ""
+    said, stop = "", stop or threading.Event()
     for attempt in range(endpoint.attempts):
         try:
             return _read(_send(endpoint, messages))
         except _Again as failure:
             said = str(failure)
-            if attempt + 1 < endpoint.attempts:
-                time.sleep(_wait(endpoint, attempt, failure.wait))
-    raise EvaluationError(f"judge {endpoint.url}: {endpoint.attempts} attempts failed, the last: {said}")
+            last = attempt + 1 == endpoint.attempts
+            if last or stop.wait(_wait(endpoint, attempt, failure.wait)):
+                break
+    raise EvaluationError(f"judge {endpoint.url}: {attempt + 1} attempts failed, the last: {said}")
 
 
 def _wait(endpoint: Endpoint, attempt: int, asked: float | None) -> float:

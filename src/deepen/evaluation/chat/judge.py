@@ -1,6 +1,7 @@
 """A judge's grade of an answer, and its choice between two."""
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -84,14 +85,17 @@ def judge_cases(
     """
     keys = [_key(case, judge) for case in cases]
     missing = {key: case for key, case in zip(keys, cases, strict=True) if journal.get(key) is None}
+    stop = threading.Event()
     with ThreadPoolExecutor(judge.workers) as pool:
-        futures = [(key, case, pool.submit(_ask, case, judge)) for key, case in missing.items()]
+        futures = [(key, case, pool.submit(_ask, case, judge, stop)) for key, case in missing.items()]
         try:
             for done, (key, case, future) in enumerate(futures, start=1):
                 about = {"question_id": case.question.question_id, "turn": case.turn + 1, "of": case.about}
                 journal.put(key, asdict(future.result()), **about)
                 progress(done, len(futures))
         except BaseException:
+            # Nobody asks about the others any more; leaving the block waits for those at work.
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [Verdict(**journal.get(key)) for key in keys]
@@ -103,10 +107,10 @@ def _key(case: Case, judge: Judge) -> str:
     return digest_of("verdict", judge.endpoint.model, options, case.prompt())
 
 
-def _ask(case: Case, judge: Judge) -> Verdict:
+def _ask(case: Case, judge: Judge, stop: threading.Event) -> Verdict:
     read: Callable[[str], Any] = read_grade if len(case.answers) == 1 else read_choice
     for _ in range(judge.tries):
-        answer = ask(judge.endpoint, [user(case.prompt())])
+        answer = ask(judge.endpoint, [user(case.prompt())], stop)
         value = None if answer.refused else read(answer.text)
         if answer.refused or value is not None:
             break
