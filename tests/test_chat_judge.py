@@ -103,7 +103,7 @@ def test_retry_after_counts_instead_of_the_own_wait():
     [
         ((401, {"error": "bad key secret"}, {}), "status 401: .*bad key ….*\n.*OPENAI_API_KEY", 1),
         ((404, {"error": "no such model"}, {}), "status 404: .*no such model", 1),
-        ((307, b"", {"Location": "http://127.0.0.1:9/"}), "status 307", 1),
+        ((302, b"", {"Location": "http://127.0.0.1:9/"}), "status 302", 1),
         ((500, {"error": "broken"}, {}), "3 attempts failed, the last: status 500: .*broken", 3),
         ((200, b"<html>", {}), "3 attempts failed, the last: not a chat completion: '<html>'", 3),
         (0.3, "no answer in 0.1 s|Remote end closed", 3),
