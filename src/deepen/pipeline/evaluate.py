@@ -85,7 +85,7 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
     if not (request.tasks or request.texts or held):
         raise EvaluationError("nothing to evaluate: give --suite, --task or --text")
     subject = find_subject(request.target, request.base)
-    device = _device(request.device)
+    device = choose_device(request.device)
     with _kept(request.out) as out:
         metrics = [*held, *_text_metrics(subject, request, device, out, reporter)]
         failures: list[str] = []
@@ -199,7 +199,12 @@ def _kept(out: Path | None) -> Iterator[Path]:
     yield out
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Return the device named; `auto` is a GPU where there is one.
+
+    Raises:
+        EvaluationError: it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
