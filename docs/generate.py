@@ -123,7 +123,7 @@ def _train_result() -> str:
     hardware, packages = record["provenance"]["hardware"], record["provenance"]["packages"]
     where = f"{hardware['processor']}, {hardware['cores']} cores; torch {packages['torch']}"
     return (
-        "Training steps on one model (8 blocks of width 256 and 2 new ones, 1,024 tokens a step, fp32) and the\n"
+        "Training steps on one model (8 blocks of width 256, 2 new ones, 1,024 tokens a step, fp32) and the\n"
         "same batches, in turns. On a GPU: not measured.\n\n"
         f"{_table(['', 'tokens/s, median', 'fastest step'], rows)}"
         f"<sub>{where}; `benchmarks/train.py`, record: benchmarks/records/train.json.</sub>\n\n"
