@@ -157,7 +157,7 @@ def test_every_drawing_has_title_and_description_and_takes_the_pages_colours(run
 
 
 def test_tables_are_for_all_readers(page):
-    assert len(page.all("table")) == len(page.all("caption")) == 6
+    assert len(page.all("table")) == len(page.all("caption")) == 7
     assert all(each.get("scope") in ("col", "row", "rowgroup") for each in page.all("th"))
     assert page.all("html") == [{"lang": "en"}]
     assert any(each.get("name") == "viewport" for each in page.all("meta"))

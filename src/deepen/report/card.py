@@ -9,6 +9,7 @@ import yaml
 from deepen.report.layout import draw_tower
 from deepen.report.page import METRICS, units
 from deepen.report.read import RunReport, read_run
+from deepen.report.retention import describe_tasks
 from deepen.report.templates import render
 from deepen.report.wording import verdict
 from deepen.report.write import write_page
@@ -50,6 +51,7 @@ def render_card(report: RunReport, *, pack: bool, model: bool) -> str:
         tower=draw_tower(report.result.layout) if report.result.layout else None,
         verdicts=[verdict(metric) for metric in report.metrics("nats_per_token")],
         metrics=METRICS,
+        tasks=describe_tasks(report),
         units=units(report),
         base=_hub_id(report) or report.base_name,
         pack=pack,
