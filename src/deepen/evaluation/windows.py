@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from deepen.errors import DataError
+
+_NO_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def check_ids(model: Any, windows: Sequence[NDArray[np.int64]]) -> None:
@@ -48,6 +50,18 @@ def batches(windows: Sequence[NDArray[np.int64]], batch_tokens: int) -> Iterator
         rows = max(batch_tokens // len(windows[order[start]]), 1)
         yield order[start : start + rows]
         start += rows
+
+
+def halved(batches: Sequence[list[int]]) -> list[list[int]]:
+    """Return the batches with each of more than one window cut in two."""
+    halves = [(batch[: -(-len(batch) // 2)], batch[-(-len(batch) // 2) :]) for batch in batches]
+    return [half for pair in halves for half in pair if half]
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of whichever device, ran out."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in said for word in _NO_MEMORY)
 
 
 def padded(windows: Sequence[NDArray[np.int64]]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from deepen.errors import EvaluationError
+from deepen.evaluation.windows import lacks_memory
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -17,7 +18,6 @@ Progress = Callable[[int, int], None]
 _MOST_ROWS: Final = 64
 # Elements of one batch's logits; the harness holds them twice, as logits and as log-probabilities.
 _MOST_LOGITS: Final = 2**28
-_NO_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class LiveModel(HFLM):  # type: ignore[misc]
@@ -97,7 +97,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
-                if not _lacks_memory(error):
+                if not lacks_memory(error):
                     raise
                 if self.batch_size_per_gpu == 1:
                     raise EvaluationError("one sequence alone does not fit the memory") from None
@@ -115,8 +115,3 @@ class LiveModel(HFLM):  # type: ignore[misc]
         self._done += rows
         if self.progress:
             self.progress(min(self._done, self._total), self._total)
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in said for word in _NO_MEMORY)
