@@ -1,4 +1,4 @@
-"""Benchmark tasks beside held-out losses in a comparison: paired on the same questions, or left out by name."""
+"""Benchmark tasks beside held-out losses: paired on the same questions, or left out by name."""
 
 import io
 import json

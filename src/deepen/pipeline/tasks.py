@@ -146,6 +146,8 @@ class TaskEvaluation:
         return self._live
 
     def _unload(self) -> None:
+        if self._live is None:
+            return
         self._live = None
         gc.collect()
         if torch.cuda.is_available():
