@@ -307,7 +307,7 @@ def test_names_are_escaped_everywhere(tmp_path):
     rows = [line for line in card.splitlines() if line.startswith("|") and "bold" in line]
     assert rows
     # A pipe in a name does not make another cell.
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 9 for line in rows)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 10 for line in rows)
 
 
 def test_the_page_is_reproducible(run):
