@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen.data.evaluation_text import EvaluationText
-from deepen.errors import DataError, TrainingError
+from deepen.errors import DataError, EvaluationError, TrainingError
 from deepen.evaluation import heldout
 from deepen.evaluation.heldout import evaluate_texts, score_windows
 
@@ -60,6 +60,30 @@ def test_equals_the_loss_of_transformers(model, batch_tokens):
     found = score_windows(model, windows, batch_tokens=batch_tokens)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_those_after_it(model, monkeypatch):
+    windows, score, tried = random_windows(LENGTHS), heldout._score, []
+
+    def scarce(most):
+        def attempt(model, windows, device):
+            tried.append(len(windows))
+            if len(windows) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return score(model, windows, device)
+
+        monkeypatch.setattr(heldout, "_score", attempt)
+
+    expected, told = score_windows(model, windows), []
+    scarce(2)
+    found = score_windows(model, windows, batch_tokens=256, progress=lambda *at: told.append(at))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert max(tried[-3:]) <= 2 < tried[0]
+    assert told[-1] == (len(LENGTHS), len(LENGTHS))
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    scarce(0)
+    with pytest.raises(EvaluationError, match="64 tokens alone do not fit the memory"):
+        score_windows(model, windows)
 
 
 def test_does_not_depend_on_the_batch(model):

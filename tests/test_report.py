@@ -29,6 +29,7 @@ from deepen.records import (
     Metric,
     Row,
     RunResult,
+    TaskRecord,
     TokenShift,
     read_record,
 )
@@ -207,6 +208,32 @@ def test_shifts_are_shown_where_they_were_measured(tmp_path, page):
     ]
 
 
+def test_tasks_are_shown_on_the_page_and_the_card(tmp_path):
+    run = write_run(tmp_path / "run", two_texts())
+    assert "Benchmarks" not in parse(write_report(run)).text
+    found = Metric(
+        task="arc_easy:5", role="general", metric="acc_norm", value=0.31, stderr=0.02, n=570, base_value=0.33,
+        delta=-0.02, ci_low=-0.035, ci_high=0.005, higher_is_better=True, p=0.1, p_holm=0.2, margin=0.01,
+        verdict="not enough items", items_needed=41_000,
+    )  # fmt: skip
+    figure = Metric(task="arc_easy:5", metric="f1", value=0.5, stderr=None, n=570, base_value=0.4, delta=0.1)
+    record = TaskRecord(
+        task="arc_easy:5", identity="i", asked="a", model="m", base="b", limit=None, metrics=[found, figure],
+        scores=[], results={}, items="items/arc_easy-5.jsonl", seconds=1.0, provenance=PROVENANCE,
+    )  # fmt: skip
+    (run / "evaluation" / "task-arc_easy-5.json").write_text(record.model_dump_json())
+    rows = [[" ".join(cell.split()) for cell in row] for row in parse(write_report(run)).rows]
+    assert [
+        "arc_easy:5570 items, general", "acc_norm ↑", "0.330", "0.310", "−0.020 −0.035 to +0.005", "0.2",
+        "not enough items: 41,000 items would likely tell",
+    ] in rows  # fmt: skip
+    (row,) = [row for row in rows if "f1 ↓" in row]
+    assert row[4:] == ["+0.100no interval", "–", "–"]
+    card = write_card(run, tmp_path).read_text()
+    shown = "| 570 | 0.330 | 0.310 | −0.020 | −0.035 to +0.005 | not enough items: 41,000 items would likely"
+    assert shown in card
+
+
 def test_records_without_verdicts_are_read(tmp_path):
     run = write_run(tmp_path / "run", two_texts())
     path = run / "evaluation" / "heldout.json"
@@ -280,7 +307,7 @@ def test_names_are_escaped_everywhere(tmp_path):
     rows = [line for line in card.splitlines() if line.startswith("|") and "bold" in line]
     assert rows
     # A pipe in a name does not make another cell.
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 9 for line in rows)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 10 for line in rows)
 
 
 def test_the_page_is_reproducible(run):

@@ -83,7 +83,8 @@ def attempt(bait):
             source = source.replace("{{" + word + "}}", str(value))
         program = Program(name=name, source=source, entry_points=("attempt",), checks=CHECKS)
         programs["timeout" in statuses].append(program)
-    outcomes = run_programs(programs[False], LIMITS) + run_programs(programs[True], TIGHT, workers=4)
+    outcomes = run_programs(programs[False], LIMITS, workers=4)
+    outcomes += run_programs(programs[True], TIGHT, workers=6)
     return {outcome.name: outcome for outcome in outcomes}
 
 

@@ -47,7 +47,7 @@ def types_of(value):
     return type(value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(PLAIN)
 def test_plain_data_crosses_unchanged(value):
     copy = codec.decode(codec.encode(value))

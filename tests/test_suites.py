@@ -1,3 +1,4 @@
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import deepen
 from deepen.cli import main
 from deepen.errors import EvaluationError
 from deepen.evaluation.suites import parse_task, read_suite, suite_names, task_specs
-from deepen.records import ScoredItem, ScoredTask, TaskRecord, read_record
+from deepen.records import EvaluationRecord, ScoredItem, ScoredTask, TaskRecord, read_record
+from deepen.report.wording import change, loss
 
 pytest.importorskip("lm_eval", reason="benchmarks need deepen[eval]")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -35,7 +37,10 @@ def place(tmp_path_factory):
         for parameter in deepen.model.new_parameters(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.5)
     deepen.save_blocks(model, root / "pack")
-    return root
+    # Every model that is let go is collected, which takes long among all that torch and the harness hold.
+    gc.freeze()
+    yield root
+    gc.unfreeze()
 
 
 def evaluate(place, target, *names, **options):
@@ -179,7 +184,7 @@ def test_a_batch_that_does_not_fit_is_halved(place, tmp_path, monkeypatch):
     for name in some:
         assert items(tmp_path / "large", name) == items(tmp_path / "small", name)
     monkeypatch.setattr(bridge.HFLM, "_model_call", lambda *_, **__: scarce(None, "too long"))
-    assert "does not fit the memory" in evaluate(place, "base", "choice").failures[0]
+    assert "does not fit the memory" in evaluate(place, "base", "choice", batch_size=2).failures[0]
 
 
 def test_generated_texts_go_to_the_scorer(place, tmp_path):
@@ -401,22 +406,70 @@ def test_faulty_descriptions(place, tmp_path, line, said):
     assert said in found.failures[0]
 
 
-def test_a_run_evaluates_the_tasks_of_its_recipe(place, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def trained(place, tmp_path_factory):
+    """A run with held-out texts of both roles and a task."""
+    root = tmp_path_factory.mktemp("trained")
     recipe = write_recipe(
-        tmp_path,
+        root,
         base=str(place / "base"),
+        train__evaluate_every=None,
+        train__checkpoint_every=None,
         evaluate__tasks=[str(place / "tasks" / "choice.yaml")],
         evaluate__limit=5,
     )
     deepen.run_recipe(deepen.load_recipe(recipe))
-    record = read_record(tmp_path / "run" / "evaluation" / "task-choice.json", TaskRecord)
+    return root / "run"
+
+
+def test_a_run_evaluates_the_tasks_of_its_recipe(trained, capsys):
+    record = read_record(trained / "evaluation" / "task-choice.json", TaskRecord)
     assert {metric.n for metric in record.metrics} == {5}
-    assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu", "--json"]) == 0
+    assert main(["evaluate", str(trained), "--device", "cpu", "--json"]) == 0
     said = capsys.readouterr()
     assert "not rerun" in said.err
     answer = json.loads(said.out)
     assert [metric["task"] for metric in answer["metrics"]][-2:] == ["choice", "choice"]
     assert "nats_per_token" in {metric["metric"] for metric in answer["metrics"]}
+
+
+def test_a_trained_run_shows_what_was_learned_and_kept(place, trained, capsys):
+    """Base, value, difference, interval and verdict; the base's value is that of transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    main(["evaluate", str(trained), "--device", "cpu"])
+    table = capsys.readouterr().out.splitlines()
+    page, card = (trained / "report.html").read_text(), (trained / "README.md").read_text()
+    metrics = read_record(trained / "evaluation" / "heldout.json", EvaluationRecord).metrics
+    nats = {metric.role: metric for metric in metrics if metric.metric == "nats_per_token"}
+    for role, name in (("general", "general"), ("domain", "heldout")):
+        metric, total, count = nats[role], 0.0, 0
+        for line in (trained.parent / f"{name}.jsonl").read_text().splitlines():
+            ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"]])
+            for window in (ids[:, at : at + 33] for at in range(0, ids.shape[1] - 1, 32)):
+                with torch.no_grad():
+                    total += model(window, labels=window).loss.item() * (window.shape[1] - 1)
+                count += window.shape[1] - 1
+        assert metric.base_value == pytest.approx(total / count, rel=1e-4)
+        assert metric.delta == pytest.approx(metric.value - metric.base_value)
+        assert metric.ci_low < metric.delta < metric.ci_high
+        assert metric.p <= metric.p_holm
+        expected = "kept" if metric.ci_high < metric.margin else "lost"
+        assert metric.verdict == (expected if metric.ci_low > metric.margin or expected == "kept" else None)
+        (line,) = [line for line in table if line.startswith(f"{metric.task} ") and "nats" in line]
+        shown = [f"{each:.4f}" for each in (metric.base_value, metric.value)]
+        shown += [f"{each:+.4f}" for each in (metric.delta, metric.ci_low, metric.ci_high)]
+        assert all(each in line for each in shown)
+        assert line.endswith(metric.verdict)
+        for text in (page, card):
+            assert loss(metric.base_value) in text
+            assert change(metric.ci_low) in text
+        assert f">{metric.verdict}<" in page
+    assert nats["domain"].verdict == "kept"
+    assert "choice" in page
+    assert "| choice | general | acc ↑ | 5 |" in card
 
 
 def test_all_tasks_are_compared_together(place, tmp_path, monkeypatch):
@@ -432,12 +485,46 @@ def test_all_tasks_are_compared_together(place, tmp_path, monkeypatch):
     assert [metric for record in records for metric in record.metrics] == found.metrics
 
 
-def test_held_out_loss_of_a_text(place, tmp_path, capsys):
-    (tmp_path / "words.txt").write_text("block gate norm head token. " * 40)
-    assert main(["evaluate", str(place / "pack"), "--text", str(tmp_path / "words.txt"), "--json"]) == 0
-    first = json.loads(capsys.readouterr().out)["metrics"][0]
-    assert (first["task"], first["metric"]) == ("words", "nats_per_token")
-    assert first["delta"] == pytest.approx(first["value"] - first["base_value"])
+def test_texts_are_scored_once_and_have_a_role(place, tmp_path, capsys, monkeypatch):
+    for name, words in (("kept", "block gate norm. "), ("learned", "head token. "), ("third", "layer. ")):
+        (tmp_path / f"{name}.txt").write_text(words * 400)
+
+    def scored(*asked):
+        options = ["--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
+        assert main(["evaluate", str(place / "pack"), *map(str, asked), *options]) == 0
+        said = capsys.readouterr()
+        metrics = json.loads(said.out)["metrics"]
+        return [metric for metric in metrics if metric["metric"] == "nats_per_token"], said.err
+
+    both = ("--text", tmp_path / "kept.txt", "--domain-text", tmp_path / "learned.txt")
+    first, _ = scored(*both)
+    assert [(each["task"], each["role"]) for each in first] == [("kept", "general"), ("learned", "domain")]
+    for each in first:
+        assert each["delta"] == pytest.approx(each["value"] - each["base_value"])
+        assert each["p"] <= each["p_holm"]
+        assert each["margin"] == 0.01
+        assert each["verdict"] in {"kept", "lost", "not enough items"}
+    with monkeypatch.context() as patch:
+        patch.setattr("deepen.pipeline.subject.load", lambda *_, **__: pytest.fail("the model was loaded"))
+        again, said = scored(*both)
+    assert (again, "not scored again" in said) == (first, True)
+    import deepen.pipeline.losses as losses
+
+    evaluate, seen = losses.evaluate_texts, []
+
+    def record(model, texts, **more):
+        seen.append([text.task for text in texts])
+        return evaluate(model, texts, **more)
+
+    monkeypatch.setattr(losses, "evaluate_texts", record)
+    more, _ = scored("--text", tmp_path / "kept.txt", "--text", tmp_path / "third.txt")
+    assert seen == [["third"], ["third"]]
+    assert more[0]["value"] == first[0]["value"]
+    kept = read_record(tmp_path / "out" / "texts.json", EvaluationRecord)
+    assert [text.task for text in kept.texts] == ["kept", "learned", "third"]
+    (tmp_path / "kept.txt").write_text("norm gate. " * 400)
+    assert scored("--text", tmp_path / "kept.txt")[0][0]["value"] != first[0]["value"]
+    assert seen[2:] == [["kept"], ["kept"]]
 
 
 def test_nothing_asked(place, capsys):

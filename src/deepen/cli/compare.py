@@ -14,12 +14,12 @@ app = new_app()
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Finished runs of one base, or evaluation records, on the same texts."),
+        typer.Argument(help="Runs, directories deepen evaluate wrote, or single records, on the same items."),
     ],
     html: Annotated[Path | None, typer.Option(help="Also write a page with the learned/kept plane.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Put finished runs beside their base: what was learned, what was kept, with intervals."""
+    """Put runs beside their base: losses and tasks, what was learned, what was kept, with intervals."""
     report_comparison(runs, None, html, as_json)
 
 

@@ -29,8 +29,9 @@ def evaluate(
         list[str] | None, typer.Option(help="A task of the harness or a YAML file, with shots: arc_easy:5.")
     ] = None,
     text: Annotated[
-        list[str] | None, typer.Option(help="Files whose held-out loss is measured (.txt, .jsonl …).")
+        list[str] | None, typer.Option(help="Text whose loss must be kept (.txt, .jsonl …).")
     ] = None,
+    domain_text: Annotated[list[str] | None, typer.Option(help="Text whose loss must fall.")] = None,
     local: Annotated[Path | None, typer.Option(help="Directory of local copies of datasets.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")] = None,
     batch_size: Annotated[
@@ -62,6 +63,7 @@ def evaluate(
             base=base,
             tasks=specs,
             texts=tuple(TextSet(path=path) for path in text or []),
+            domain_texts=tuple(TextSet(path=path) for path in domain_text or []),
             local=local,
             limit=limit,
             batch_size=batch_size,
@@ -97,11 +99,15 @@ def _report(found: "Evaluation", as_json: bool) -> None:
         print(line)
     if found.out is not None:
         print(f"records and items: {found.out}")
+        if (found.out.parent / "result.json").exists():
+            print(f"on the run's page and card: deepen report {found.out.parent}")
 
 
 def _table(metrics: "list[Metric]") -> list[str]:
-    """Lines of equal columns: task, metric, n, base, model, difference and interval."""
-    rows = [("task", "metric", "n", "base", "model", "delta", "95% interval")]
+    """Lines of equal columns: task, metric, n, base, model, difference, interval, p and verdict."""
+    from deepen.report import finding, p_value
+
+    rows = [("task", "metric", "n", "base", "model", "delta", "95% interval", "p (Holm)", "verdict")]
     for each in metrics:
         ends = (each.ci_low, each.ci_high)
         rows.append(
@@ -113,12 +119,14 @@ def _table(metrics: "list[Metric]") -> list[str]:
                 _number(each.value),
                 _number(each.delta, "+"),
                 "" if None in ends else f"{_number(each.ci_low, '+')} … {_number(each.ci_high, '+')}",
+                "" if each.p_holm is None else p_value(each.p_holm),
+                "" if each.verdict is None else finding(each),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < 2 or column == len(row) - 1 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

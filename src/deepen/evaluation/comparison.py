@@ -1,43 +1,22 @@
 """Compare runs, or records of evaluations, on the items they share."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deepen.errors import DataError
-from deepen.evaluation.record import item_weights
-from deepen.evaluation.statistics import Interval, paired_difference
+from deepen.evaluation.evaluated import Evaluated, Key, read_evaluated
+from deepen.evaluation.paired import PairedItems, compare_items
 from deepen.evaluation.verdict import holm
-from deepen.records import (
-    Cell,
-    Column,
-    Comparison,
-    Difference,
-    EvaluationRecord,
-    Items,
-    Row,
-    RunResult,
-    TextResult,
-    read_record,
-    read_result,
-)
+from deepen.records import Cell, Column, Comparison, Difference, Metric, Row
 
 _ROLES = ("general", "domain")
 # Evaluations of one base in other precisions or batches agree better than this; those of two bases do not.
 _SAME_BASE = 1e-2
-
-
-@dataclass(frozen=True)
-class _Run:
-    directory: Path
-    label: str
-    result: RunResult | None
-    record: EvaluationRecord
-
-    def text(self, task: str) -> TextResult:
-        return next(text for text in self.record.texts if text.task == task)
+_SAME_ANSWERS = 0.9
 
 
 def compare_runs(
@@ -47,38 +26,42 @@ def compare_runs(
     metric: str = "nats_per_token",
     seed: int = 0,
 ) -> Comparison:
-    """Put finished runs beside their base: losses, paired differences from the base and from the first run.
+    """Put runs beside their base: losses and tasks, paired differences from the base and from the first run.
 
-    Texts that all were evaluated on are compared; the others are named in `left_out`.
+    Texts and tasks that all were evaluated on, on the same items, are compared; others are named in
+    `left_out`.
 
     Args:
-        run_dirs: directories of finished runs, or files of evaluation records (`heldout.json`).
+        run_dirs: finished runs, directories that `deepen evaluate` wrote, or records (`heldout.json`,
+            `task-NAME.json`).
         labels: names of the rows; default: the directories' names.
-        metric: `nats_per_token` or `bits_per_byte`.
+        metric: of texts: `nats_per_token` or `bits_per_byte`.
         seed: of the intervals' resampling.
 
     Raises:
-        DataError: a run is unfinished or was not evaluated beside its base; a text of one name is not the
-            same in all, or not cut into the same items; the bases differ; or no text is common to all.
+        DataError: a run is unfinished or nothing was evaluated; a text of one name is not the same in all,
+            or not cut into the same items; the bases differ; or nothing is common to all.
     """
     if not run_dirs:
         raise DataError("compare: no run given")
     if labels is not None and len(labels) != len(run_dirs):
         raise DataError(f"compare: {len(labels)} labels for {len(run_dirs)} runs")
     runs = [
-        _read(directory, label) for directory, label in zip(run_dirs, labels or _names(run_dirs), strict=True)
+        read_evaluated(place, label, metric)
+        for place, label in zip(run_dirs, labels or _names(run_dirs), strict=True)
     ]
     for run in runs:
         _check_comparable(runs[0], run)
-    runs, left_out = _share_texts(runs)
-    columns = _columns(runs[0].record)
+    shared, left_out = _share(runs)
+    columns = [(_describe(runs[0], name, keys, shared), keys) for name, keys in _columns(runs[0], shared)]
+    rows = [[_cell(run, runs[0], keys, seed) for _, keys in columns] for run in runs]
     return Comparison(
         metric=metric,
-        base=runs[0].record.base,
-        columns=[_describe(runs[0], name, tasks) for name, tasks in columns],
+        base=next((run.base for run in runs if run.base), None),
+        columns=[column for column, _ in columns],
         rows=[
-            Row(label="base", cells=[_base_cell(runs[0], tasks, metric) for _, tasks in columns]),
-            *_adjust([_row(run, runs[0], [tasks for _, tasks in columns], metric, seed) for run in runs]),
+            Row(label="base", cells=[Cell(value=_base_value(runs, keys)) for _, keys in columns]),
+            *(_row(run, cells) for run, cells in zip(runs, _adjust(rows), strict=True)),
         ],
         left_out=left_out,
     )
@@ -89,74 +72,150 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(directory) for directory in run_dirs]
 
 
-def _read(directory: Path, label: str) -> _Run:
-    path, result = directory, None
-    if not directory.is_file():
-        path, result = directory / "evaluation" / "heldout.json", read_result(directory)
-    record = read_record(path, EvaluationRecord)
-    if not record.texts or any(text.items.base_nll is None for text in record.texts):
-        raise DataError(f"{directory}: holds no held-out texts scored beside the base; nothing to compare")
-    return _Run(directory, label, result, record)
-
-
-def _check_comparable(first: _Run, run: _Run) -> None:
-    digests, others = ({text.task: text.digest for text in each.record.texts} for each in (first, run))
-    common = [task for task in digests if task in others]
-    differing = [task for task in common if digests[task] != others[task]]
+def _check_comparable(first: Evaluated, run: Evaluated) -> None:
+    common = [key for key in first.scores if key in run.scores]
+    differing = [
+        task
+        for task, metric in common
+        if first.scores[task, metric].is_text and not _asked_alike(first, run, (task, metric))
+    ]
     if differing or not common:
+        every = sorted({task for task, _ in (*first.scores, *run.scores)})
         raise DataError(
-            f"{run.directory}: not evaluated on the same texts as {first.directory} (differs: "
-            f"{', '.join(differing or sorted({*digests, *others}))}). "
-            "Evaluate both with one evaluate section and one tokenizer"
+            f"{run.place}: not evaluated on the same texts and tasks as {first.place} (differs: "
+            f"{', '.join(differing or every)}). Evaluate both with one evaluate section and one tokenizer"
         )
-    for task in common:
-        ours, theirs = first.text(task).items, run.text(task).items
-        if ours.tokens != theirs.tokens:
-            raise DataError(f"{run.directory}: {task} is not cut into the same items as in {first.directory}")
-        if not np.isclose(np.sum(_base_nll(ours)), np.sum(_base_nll(theirs)), rtol=_SAME_BASE):
-            raise DataError(
-                f"{run.directory}: its base scores {task} otherwise than the base of {first.directory}"
-            )
+    for key in common:
+        if _asked_alike(first, run, key):
+            _check_paired(first, run, key)
 
 
-def _share_texts(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
-    """Return the runs with the texts that all have, and a line for each that some lack.
+def _asked_alike(first: Evaluated, run: Evaluated, key: Key) -> bool:
+    return first.scores[key].asked == run.scores[key].asked
+
+
+def _check_paired(first: Evaluated, run: Evaluated, key: Key) -> None:
+    ours, theirs = first.scores[key].items, run.scores[key].items
+    if not np.array_equal(_weights(ours), _weights(theirs)):
+        raise DataError(f"{run.place}: {key[0]} is not cut into the same items as in {first.place}")
+    if not _same_base(ours, theirs):
+        raise DataError(f"{run.place}: its base scores {key[0]} otherwise than the base of {first.place}")
+
+
+def _same_base(ours: PairedItems, theirs: PairedItems) -> bool:
+    """Whether the two bases can be one: losses nearly equal, or nearly all answers."""
+    if ours.base is None or theirs.base is None:
+        return True
+    if ours.weights is not None:
+        return bool(np.isclose(ours.base.sum(), theirs.base.sum(), rtol=_SAME_BASE))
+    return bool(np.isclose(ours.base, theirs.base, rtol=_SAME_BASE).mean() >= _SAME_ANSWERS)
+
+
+def _weights(items: PairedItems) -> NDArray[np.float64]:
+    return np.ones(len(items.values)) if items.weights is None else items.weights
+
+
+def _share(runs: Sequence[Evaluated]) -> tuple[set[Key], list[str]]:
+    """Return what all were evaluated on alike, and a line for everything else.
 
     Raises:
-        DataError: no text is common to all.
+        DataError: nothing is common to all.
     """
-    held = {str(run.directory): {text.task for text in run.record.texts} for run in runs}
-    shared = set.intersection(*held.values())
+    left_out: dict[Key, str] = {}
+    for key in dict.fromkeys(key for run in runs for key in run.scores):
+        lacking = [run for run in runs if key not in run.scores]
+        other = [run for run in runs if not lacking and not _asked_alike(runs[0], run, key)]
+        if lacking or other:
+            why = "not evaluated in" if lacking else f"not asked the same as in {runs[0].place}:"
+            where = ", ".join(str(run.place) for run in lacking or other)
+            left_out[key] = f"{_name(runs, key)}: {why} {where}"
+    shared = {key for key in runs[0].scores if key not in left_out}
+    lines = [*left_out.values(), *dict.fromkeys(line for run in runs for line in run.itemless)]
     if not shared:
-        raise DataError(f"{', '.join(held)}: no text was evaluated in all of them; nothing to compare")
-    every = dict.fromkeys(text.task for run in runs for text in run.record.texts)
-    left_out = [
-        f"{task}: not evaluated in {', '.join(name for name, tasks in held.items() if task not in tasks)}"
-        for task in every
-        if task not in shared
-    ]
-    return [_keep(run, shared) for run in runs], left_out
+        places = ", ".join(str(run.place) for run in runs)
+        told = "".join(f"\n{line}" for line in lines)
+        raise DataError(f"{places}: no text or task was evaluated in all of them; nothing to compare{told}")
+    return shared, lines
 
 
-def _keep(run: _Run, tasks: set[str]) -> _Run:
-    texts = [text for text in run.record.texts if text.task in tasks]
-    return replace(run, record=run.record.model_copy(update={"texts": texts}))
+def _name(runs: Sequence[Evaluated], key: Key) -> str:
+    found = next(run.scores[key] for run in runs if key in run.scores)
+    return key[0] if found.is_text else " ".join(key)
 
 
-def _adjust(rows: Sequence[Row]) -> list[Row]:
+def _columns(run: Evaluated, shared: set[Key]) -> Iterator[tuple[str, list[Key]]]:
+    """Name and scores of each column: a role's texts as a whole, then each where there are several; tasks."""
+    texts = [key for key in run.scores if key in shared and run.scores[key].is_text]
+    for role in _ROLES:
+        keys = [key for key in texts if run.scores[key].role == role]
+        if len(keys) > 1:
+            yield f"all {role}", keys
+        yield from ((key[0], [key]) for key in keys)
+    for role in _ROLES:
+        for key, score in run.scores.items():
+            if key in shared and not score.is_text and score.role == role:
+                yield key[0], [key]
+
+
+def _describe(run: Evaluated, name: str, keys: Sequence[Key], shared: set[Key]) -> Column:
+    score, items = run.scores[keys[0]], _pool(run, keys)
+    alike = [key for key in shared if run.scores[key].is_text and run.scores[key].role == score.role]
+    return Column(
+        name=name,
+        role=score.role,
+        pooled=score.is_text and len(alike) == len(keys),
+        n=len(items.values),
+        tokens=sum(run.scores[key].tokens or 0 for key in keys) if score.is_text else None,
+        metric=None if score.is_text else items.metric,
+        higher_is_better=items.higher_is_better,
+    )
+
+
+def _pool(run: Evaluated, keys: Sequence[Key]) -> PairedItems:
+    """The items of several texts as one."""
+    each = [run.scores[key].items for key in keys]
+    if len(each) == 1:
+        return each[0]
+    bases = [items.base for items in each if items.base is not None]
+    return replace(
+        each[0],
+        values=np.concatenate([items.values for items in each]),
+        base=np.concatenate(bases) if len(bases) == len(each) else None,
+        weights=np.concatenate([_weights(items) for items in each]),
+    )
+
+
+def _base_value(runs: Sequence[Evaluated], keys: Sequence[Key]) -> float | None:
+    """The base's value as the first run has it that was scored beside it."""
+    pooled = (_pool(run, keys) for run in runs)
+    return next(
+        (float(items.base.sum() / _weights(items).sum()) for items in pooled if items.base is not None), None
+    )
+
+
+def _cell(run: Evaluated, first: Evaluated, keys: Sequence[Key], seed: int) -> Cell:
+    items = _pool(run, keys)
+    (beside_base,) = compare_items([items], seed=seed)
+    from_first = None
+    if run is not first:
+        (found,) = compare_items([replace(items, base=_pool(first, keys).values)], seed=seed)
+        from_first = _difference(found)
+    return Cell(value=beside_base.value, from_base=_difference(beside_base), from_first=from_first)
+
+
+def _difference(found: Metric) -> Difference | None:
+    if found.delta is None:
+        return None
+    return Difference(delta=found.delta, ci_low=found.ci_low, ci_high=found.ci_high, p=found.p)
+
+
+def _adjust(rows: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
     """Adjust the p values of all runs and columns, those from the base and those from the first run apart."""
-    cells = [cell for row in rows for cell in row.cells]
+    cells = [cell for row in rows for cell in row]
     base = iter(_adjusted([cell.from_base for cell in cells]))
     first = iter(_adjusted([cell.from_first for cell in cells]))
     return [
-        row.model_copy(
-            update={
-                "cells": [
-                    cell.model_copy(update={"from_base": next(base), "from_first": next(first)})
-                    for cell in row.cells
-                ]
-            }
-        )
+        [cell.model_copy(update={"from_base": next(base), "from_first": next(first)}) for cell in row]
         for row in rows
     ]
 
@@ -169,67 +228,14 @@ def _adjusted(differences: Sequence[Difference | None]) -> list[Difference | Non
     ]
 
 
-def _columns(record: EvaluationRecord) -> list[tuple[str, list[str]]]:
-    """Name and texts of each column: a role as a whole, then its texts where there are several."""
-    columns: list[tuple[str, list[str]]] = []
-    for role in _ROLES:
-        tasks = [text.task for text in record.texts if text.role == role]
-        columns += [(f"all {role}", tasks)] * (len(tasks) > 1) + [(task, [task]) for task in tasks]
-    return columns
-
-
-def _describe(run: _Run, name: str, tasks: Sequence[str]) -> Column:
-    role = run.text(tasks[0]).role
-    items = _pool(run, tasks)
-    alone = sum(text.role == role for text in run.record.texts) == len(tasks)
-    return Column(name=name, role=role, pooled=alone, n=len(items.tokens), tokens=sum(items.tokens))
-
-
-def _pool(run: _Run, tasks: Sequence[str]) -> Items:
-    """The items of several texts as one."""
-    each = [run.text(task).items for task in tasks]
-    return Items(
-        unit=each[0].unit,
-        tokens=[tokens for items in each for tokens in items.tokens],
-        bytes=[size for items in each for size in items.bytes],
-        nll=[nll for items in each for nll in items.nll],
-        base_nll=[nll for items in each for nll in _base_nll(items)],
-    )
-
-
-def _base_nll(items: Items) -> list[float]:
-    return items.base_nll or []
-
-
-def _base_cell(run: _Run, tasks: Sequence[str], metric: str) -> Cell:
-    items = _pool(run, tasks)
-    return Cell(value=float(np.sum(_base_nll(items)) / item_weights(items, metric).sum()))
-
-
-def _row(run: _Run, first: _Run, columns: Sequence[Sequence[str]], metric: str, seed: int) -> Row:
+def _row(run: Evaluated, cells: list[Cell]) -> Row:
     result = run.result
     return Row(
         label=run.label,
-        run=str(run.directory),
+        run=str(run.place),
         method=result.method if result else None,
         trainable=result.parameters.trainable if result else None,
         tokens=result.tokens if result else None,
         seconds=result.seconds if result else None,
-        cells=[_cell(run, first, tasks, metric, seed) for tasks in columns],
+        cells=cells,
     )
-
-
-def _cell(run: _Run, first: _Run, tasks: Sequence[str], metric: str, seed: int) -> Cell:
-    items = _pool(run, tasks)
-    weights = item_weights(items, metric)
-    base = paired_difference(items.nll, _base_nll(items), weights, seed=seed)
-    other = (
-        None
-        if run is first
-        else _difference(paired_difference(items.nll, _pool(first, tasks).nll, weights, seed=seed))
-    )
-    return Cell(value=base.value, from_base=_difference(base), from_first=other)
-
-
-def _difference(found: Interval) -> Difference:
-    return Difference(delta=found.delta, ci_low=found.ci_low, ci_high=found.ci_high, p=found.p)

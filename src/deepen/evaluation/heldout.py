@@ -9,8 +9,16 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from deepen.data.evaluation_text import EvaluationText
-from deepen.errors import DataError, TrainingError
-from deepen.evaluation.windows import batches, check_ids, evaluating, padded, vocabulary
+from deepen.errors import DataError, EvaluationError, TrainingError
+from deepen.evaluation.memory import lacks_memory
+from deepen.evaluation.windows import (
+    batches,
+    check_ids,
+    evaluating,
+    halved,
+    padded,
+    vocabulary,
+)
 
 Progress = Callable[[int, int], None]
 """Called with (windows scored, windows to score)."""
@@ -57,7 +65,8 @@ def score_windows(
     """Sum the negative log-likelihood of each window's tokens after its first.
 
     Windows of like length share a batch, padded at the end: under causal attention no token sees the padding,
-    so a result does not depend on its neighbours beyond rounding. The model is called with `use_cache=False`
+    so a result does not depend on its neighbours beyond rounding. A batch that does not fit the memory is
+    halved, and so are those after it. The model is called with `use_cache=False`
     (with a cache, some models read position restarts differently) and left in the mode it was in.
 
     Args:
@@ -73,14 +82,22 @@ def score_windows(
     Raises:
         DataError: a token id the model has no embedding for.
         TrainingError: the model's loss is not a finite number.
+        EvaluationError: one window alone does not fit the memory.
     """
     check_ids(model, windows)
     device = next(model.parameters()).device
     nll = np.zeros(len(windows))
     done, total = 0, sum(len(window) > 1 for window in windows)
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for batch in batches(windows, min(batch_tokens, _MOST_LOGITS // vocabulary(model))):
-            nll[batch] = _score(model, [windows[index] for index in batch], device)
+        pending = list(batches(windows, min(batch_tokens, _MOST_LOGITS // vocabulary(model))))
+        while pending:
+            batch = pending[0]
+            scored = _score_if_it_fits(model, [windows[index] for index in batch], device)
+            if scored is None:
+                pending = halved(pending)
+                continue
+            nll[batch] = scored
+            pending = pending[1:]
             done += len(batch)
             if progress:
                 progress(done, total)
@@ -90,6 +107,22 @@ def score_windows(
             "model's weights hold NaN or have diverged; try a lower learning rate"
         )
     return nll
+
+
+def _score_if_it_fits(
+    model: Any, windows: Sequence[NDArray[np.int64]], device: torch.device
+) -> NDArray[np.float64] | None:
+    """Score a batch; None where the memory runs out, and with the tensors that filled it let go."""
+    try:
+        return _score(model, windows, device)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+    if len(windows) == 1:
+        raise EvaluationError(f"held-out loss: {len(windows[0])} tokens alone do not fit the memory")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
 def _score(model: Any, windows: Sequence[NDArray[np.int64]], device: torch.device) -> NDArray[np.float64]:

@@ -31,6 +31,8 @@ class PairedItems:
         base: of the base on the same items in the same order; None where it was not evaluated.
         clusters: a number for each item; items of one number belong together (questions on one document)
             and are never counted as independent. None: each item stands alone.
+        weights: denominators, such as an item's tokens where `values` are its summed nats: the score is
+            Σ values / Σ weights. None: each item counts 1, and the score is a mean.
         higher_is_better: whether a larger score is a gain.
     """
 
@@ -39,6 +41,7 @@ class PairedItems:
     values: NDArray[np.float64]
     base: NDArray[np.float64] | None
     clusters: NDArray[np.int64] | None = None
+    weights: NDArray[np.float64] | None = None
     higher_is_better: bool = True
 
 
@@ -63,7 +66,9 @@ def compare_items(items: Sequence[PairedItems], *, margin: float = 0.01, seed: i
 
 
 def _check(items: PairedItems) -> PairedItems:
-    columns = [column for column in (items.values, items.base, items.clusters) if column is not None]
+    columns = [
+        column for column in (items.values, items.base, items.clusters, items.weights) if column is not None
+    ]
     if {column.shape for column in columns} != {(len(items.values),)} or not len(items.values):
         shapes = ", ".join(str(column.shape) for column in columns)
         raise DataError(
@@ -80,12 +85,12 @@ def _check(items: PairedItems) -> PairedItems:
 
 
 def _compare(items: PairedItems, margin: float, seed: int) -> Metric:
-    values, sizes = _by_cluster(items.values, items.clusters)
+    values, sizes = _by_cluster(items, items.values)
     if items.base is None:
         error = standard_error(values, sizes)
         return _metric(items, value=float(np.sum(values) / np.sum(sizes)), stderr=error)
-    base, _ = _by_cluster(items.base, items.clusters)
-    alone = len(sizes) == len(items.values)
+    base, _ = _by_cluster(items, items.base)
+    alone = len(sizes) == len(items.values) and items.weights is None
     compare = _binary if alone and _is_binary(items.values) and _is_binary(items.base) else _general
     found = compare(values, base, sizes, seed)
     metric = _metric(
@@ -128,14 +133,17 @@ def _metric(items: PairedItems, **found: float | None) -> Metric:
     return Metric.model_validate(given | {"higher_is_better": items.higher_is_better} | found)
 
 
-def _by_cluster(values: _Floats, clusters: NDArray[np.int64] | None) -> tuple[_Floats, _Floats]:
-    """Return the sum and the number of items of each cluster: the mean over items is their ratio."""
-    if clusters is None:
-        return np.asarray(values, dtype=np.float64), np.ones(len(values))
+def _by_cluster(items: PairedItems, values: _Floats) -> tuple[_Floats, _Floats]:
+    """Return the sum of values and of weights of each cluster: the score is the ratio of their totals."""
+    weights = np.ones(len(values)) if items.weights is None else items.weights
+    if items.clusters is None:
+        return np.asarray(values, dtype=np.float64), weights
     # Within a cluster added by size, so that the order of the items does not show in the last bit.
-    order = np.lexsort((values, clusters))
-    _, place, sizes = np.unique(clusters[order], return_inverse=True, return_counts=True)
-    return np.bincount(place, weights=values[order]).astype(np.float64), sizes.astype(np.float64)
+    order = np.lexsort((weights, values, items.clusters))
+    _, place = np.unique(items.clusters[order], return_inverse=True)
+    sums = (np.bincount(place, weights=column[order]) for column in (values, weights))
+    of_values, of_weights = (each.astype(np.float64) for each in sums)
+    return of_values, of_weights
 
 
 def _is_binary(values: _Floats) -> bool:

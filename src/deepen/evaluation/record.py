@@ -44,9 +44,28 @@ def build_record(
         margin: largest loss that still counts as kept, in nats per token and in bits per byte.
         shift: of each text, where it was measured.
     """
-    results = [
-        _text_result(text, nll[text.task], base_nll[text.task] if base_nll else None) for text in texts
-    ]
+    results = text_results(texts, nll, base_nll)
+    return EvaluationRecord(
+        model=model,
+        base=base,
+        metrics=text_metrics(results, seed=seed, margin=margin),
+        texts=results,
+        shift=list(shift),
+        provenance=provenance,
+    )
+
+
+def text_results(
+    texts: Sequence[EvaluationText],
+    nll: Mapping[str, NDArray[np.float64]],
+    base_nll: Mapping[str, NDArray[np.float64]] | None,
+) -> list[TextResult]:
+    """Return the items of each text; arguments as `build_record`."""
+    return [_text_result(text, nll[text.task], base_nll[text.task] if base_nll else None) for text in texts]
+
+
+def text_metrics(results: Sequence[TextResult], *, seed: int = 0, margin: float = MARGIN) -> list[Metric]:
+    """Return both metrics of each text, with p values adjusted for all of them."""
     metrics = [
         metric
         for result in results
@@ -55,15 +74,7 @@ def build_record(
     ]
     # Holm over texts: the two units of one loss are one question.
     by_unit = {name: iter(adjust([each for each in metrics if each.metric == name])) for name in METRICS}
-    metrics = [next(by_unit[metric.metric]) for metric in metrics]
-    return EvaluationRecord(
-        model=model,
-        base=base,
-        metrics=metrics,
-        texts=results,
-        shift=list(shift),
-        provenance=provenance,
-    )
+    return [next(by_unit[metric.metric]) for metric in metrics]
 
 
 def nats_per_token(

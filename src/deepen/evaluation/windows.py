@@ -50,6 +50,12 @@ def batches(windows: Sequence[NDArray[np.int64]], batch_tokens: int) -> Iterator
         start += rows
 
 
+def halved(batches: Sequence[list[int]]) -> list[list[int]]:
+    """Return the batches with each of more than one window cut in two."""
+    halves = [(batch[: -(-len(batch) // 2)], batch[-(-len(batch) // 2) :]) for batch in batches]
+    return [half for pair in halves for half in pair if half]
+
+
 def padded(windows: Sequence[NDArray[np.int64]]) -> torch.Tensor:
     """Return windows, the longest first, as ids [windows, length], padded at the end."""
     ids = torch.zeros(len(windows), len(windows[0]), dtype=torch.int64)

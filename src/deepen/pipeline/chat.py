@@ -1,7 +1,7 @@
 """Conversations on a model and its base: graded questions and tasks solved with Python, kept as records."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,8 +94,9 @@ def evaluate_chat(request: ChatRequest, reporter: Reporter | None = None) -> lis
         if scored.left_out:
             reporter.note(f"{job.name}: the judge gave no verdict on {scored.left_out} questions")
         sides = [model.identity, base.identity if base else None]
-        identity = digest_of(*sides, job.file.read_text("utf-8"), job.about)
-        records.append(_keep(request.out, job, identity, subject, scored, time.monotonic() - begun))
+        asked = digest_of(job.file.read_text("utf-8"), job.about)
+        digests = {"identity": digest_of(*sides, asked), "asked": asked}
+        records.append(_keep(request.out, job, digests, subject, scored, time.monotonic() - begun))
     return records
 
 
@@ -155,12 +156,13 @@ def _responders(subject: Subject, request: ChatRequest) -> tuple[LiveChat, LiveC
 
 
 def _keep(
-    out: Path, job: _Job, identity: str, subject: Subject, scored: Scored, seconds: float
+    out: Path, job: _Job, digests: Mapping[str, str], subject: Subject, scored: Scored, seconds: float
 ) -> TaskRecord:
     """Write the items, then the record."""
     record = TaskRecord(
         task=job.name,
-        identity=identity,
+        identity=digests["identity"],
+        asked=digests["asked"],
         model=subject.model.name,
         base=subject.base,
         limit=None,
@@ -170,7 +172,7 @@ def _keep(
         base_results=scored.base_results,
         items=f"items/{job.name}.jsonl",
         seconds=round(seconds, 2),
-        provenance=capture_provenance(data={job.name: identity, **job.about}),
+        provenance=capture_provenance(data={job.name: digests["asked"], **job.about}),
     )
     try:
         (out / "items").mkdir(parents=True, exist_ok=True)

@@ -2,29 +2,20 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from deepen.checkpoint import write_file
-from deepen.config import EvaluateSection, Recipe, TextSet
-from deepen.data.documents import read_documents
-from deepen.data.evaluation_text import EvaluationText, load_evaluation_text
+from deepen.config import Recipe, TextSet
 from deepen.errors import EvaluationError, OutputError
-from deepen.evaluation.heldout import evaluate_texts
-from deepen.evaluation.record import build_record
 from deepen.evaluation.suites import TaskSpec, task_specs
 from deepen.evaluation.suites.programs import program_scorers
-from deepen.model import bypass
+from deepen.pipeline.losses import score_subject
 from deepen.pipeline.reporter import Reporter, Silent
-from deepen.pipeline.subject import Side, Subject, find_subject, open_run_recipe
-from deepen.pipeline.texts import default_cache, load_tokenizer
-from deepen.records import EvaluationRecord, Metric, capture_provenance, read_record
-
-_LONGEST_WINDOW = 2048
+from deepen.pipeline.subject import Subject, find_subject, open_run_recipe
+from deepen.records import EvaluationRecord, Metric, Role, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +26,8 @@ class Request:
         target: a run, a block pack, an adapter or a checkpoint.
         base: where its base is, or what to compare a plain checkpoint with.
         tasks: of the harness, or described by files.
-        texts: whose held-out loss is measured.
+        texts: whose held-out loss is measured, and must be kept.
+        domain_texts: the same of texts whose loss must fall.
         local: directory of local copies of datasets.
         limit: documents of each task; None: all.
         batch_size: sequences in a forward pass; None: found.
@@ -48,6 +40,7 @@ class Request:
     base: str | None = None
     tasks: tuple[TaskSpec, ...] = ()
     texts: tuple[TextSet, ...] = ()
+    domain_texts: tuple[TextSet, ...] = ()
     local: Path | None = None
     limit: int | None = None
     batch_size: int | None = None
@@ -82,17 +75,22 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
     """
     reporter = reporter or Silent()
     request, held = _of_run(request)
-    if not (request.tasks or request.texts or held):
+    if not (request.tasks or request.texts or request.domain_texts or held):
         raise EvaluationError("nothing to evaluate: give --suite, --task or --text")
     subject = find_subject(request.target, request.base)
     device = choose_device(request.device)
     with _kept(request.out) as out:
-        metrics = [*held, *_text_metrics(subject, request, device, out, reporter)]
+        metrics = [*held, *score_subject(subject, _with_roles(request), out / "texts.json", device, reporter)]
         failures: list[str] = []
         if request.tasks:
             found, failures = _task_metrics(subject, request, device, out, reporter)
             metrics += found
     return Evaluation(subject=subject, metrics=metrics, failures=failures, out=request.out)
+
+
+def _with_roles(request: Request) -> list[tuple[Role, TextSet]]:
+    general: list[tuple[Role, TextSet]] = [("general", text) for text in request.texts]
+    return general + [("domain", text) for text in request.domain_texts]
 
 
 def evaluate_run(output: Path, recipe: Recipe, out: Path, device: torch.device, reporter: Reporter) -> None:
@@ -119,7 +117,7 @@ def _of_run(request: Request) -> tuple[Request, list[Metric]]:
     if recipe is None:
         return request, []
     section, heldout = recipe.evaluate, directory / "evaluation" / "heldout.json"
-    given = request.tasks or request.texts
+    given = request.tasks or request.texts or request.domain_texts
     request = replace(
         request,
         tasks=request.tasks if given else task_specs(section.suites, section.tasks),
@@ -143,46 +141,6 @@ def _task_metrics(
     tasks = TaskEvaluation(subject, settings, out, reporter, program_scorers(request.allow_unprotected))
     records, failures = tasks.run(list(request.tasks))
     return [metric for record in records for metric in record.metrics], failures
-
-
-def _text_metrics(
-    subject: Subject, request: Request, device: torch.device, out: Path, reporter: Reporter
-) -> list[Metric]:
-    if not request.texts:
-        return []
-    reporter.stage("loading the model")
-    model = subject.model.load(device)
-    texts = [_load_text(text, model, subject.model) for text in request.texts]
-    reporter.stage("held-out loss")
-    nll = evaluate_texts(model, texts, progress=reporter.progress)
-    base_nll = None
-    if subject.base is not None:
-        reporter.stage("held-out loss of the base")
-        apart = subject.apart.load(device) if subject.apart else None
-        with nullcontext(apart) if apart else bypass(model) as base:
-            base_nll = evaluate_texts(base, texts, progress=reporter.progress)
-    record = build_record(
-        texts,
-        nll,
-        base_nll,
-        model=subject.model.name,
-        base=subject.base or "",
-        provenance=capture_provenance(data={text.task: text.digest for text in texts}),
-    )
-    write_file(out / "texts.json", record.model_dump_json(indent=1) + "\n")
-    return record.metrics
-
-
-def _load_text(text: TextSet, model: Any, side: Side) -> EvaluationText:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LONGEST_WINDOW
-    return load_evaluation_text(
-        read_documents(text, cache=default_cache() / "hub"),
-        load_tokenizer(side.tokenizer),
-        task=text.label,
-        role="general",
-        sequence_length=min(longest, _LONGEST_WINDOW),
-        max_tokens=EvaluateSection().max_tokens,
-    )
 
 
 @contextmanager

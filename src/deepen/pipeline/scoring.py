@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deepen.data.evaluation_text import EvaluationText
+from deepen.errors import EvaluationError
 from deepen.evaluation.heldout import Progress, evaluate_texts
+from deepen.evaluation.memory import lacks_memory
 from deepen.evaluation.shift import Shift, comparing, measure_shift, summarise_shift
 from deepen.records import TokenShift
 from deepen.training.parallel import plain_root, release
@@ -96,7 +98,13 @@ class _Everywhere:
     def call(self, work: Callable[[Any], Any]) -> Any:
         """Return what `work` makes of the model."""
         self._world.any(True)
-        return self._root(work)
+        try:
+            return self._root(work)
+        except (RuntimeError, MemoryError) as error:
+            # A smaller batch would be a pass that the others do not know of.
+            if self._world.size == 1 or not lacks_memory(error):
+                raise
+        raise EvaluationError("held-out loss: a batch does not fit the memory of one of the processes")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._root.model, name)

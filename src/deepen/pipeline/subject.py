@@ -146,8 +146,13 @@ def _file_digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
+def subject_digest(subject: Subject) -> str:
+    """Return the digest of the model and its base."""
+    base = subject.apart.digest if subject.apart else subject.base is not None
+    return hashlib.sha256(json.dumps([subject.model.digest, base]).encode()).hexdigest()
+
+
 def task_identity(subject: Subject, asked: str, label: str) -> str:
     """Return the digest of all that a task's result depends on: the model, the base, and what is asked."""
-    base = subject.apart.digest if subject.apart else subject.base is not None
-    content = json.dumps([subject.model.digest, base, asked, label, version("lm_eval")])
+    content = json.dumps([subject_digest(subject), asked, label, version("lm_eval")])
     return hashlib.sha256(content.encode()).hexdigest()

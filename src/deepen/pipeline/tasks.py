@@ -44,6 +44,15 @@ class TaskSettings:
     device: torch.device
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A task ready to be asked, the digest of its requests, and that of the models as well."""
+
+    task: LoadedTask
+    requests: str
+    identity: str
+
+
 class TaskEvaluation:
     """The tasks of one evaluation: what is finished lies in `out`, one record and one file of items each.
 
@@ -89,43 +98,44 @@ class TaskEvaluation:
         return compared, list(failures.values())
 
     def _model_answers(self, spec: TaskSpec) -> TaskRecord | None:
-        loaded, identity = self._prepare(spec)
-        if record := self._finished(spec, identity):
+        asked = self._prepare(spec)
+        if record := self._finished(spec, asked.identity):
             self._reporter.note("finished before; not rerun")
             return record
-        if self._subject.apart is not None and self._waiting(spec, identity):
+        if self._subject.apart is not None and self._waiting(spec, asked.identity):
             return None
         live = self._loaded(self._subject.model)
-        model = self._score(loaded, live, "")
+        model = self._score(asked.task, live, "")
         if self._subject.apart is not None:
-            content = {"identity": identity, "scored": model.model_dump(mode="json")}
+            content = {"identity": asked.identity, "scored": model.model_dump(mode="json")}
             self._waiting_file(spec).parent.mkdir(parents=True, exist_ok=True)
             write_file(self._waiting_file(spec), json.dumps(content))
             return None
         base = None
         if self._subject.base is not None:
             with bypass(live.model):
-                base = self._score(loaded, live, "base")
-        return self._keep(loaded, identity, model, base)
+                base = self._score(asked.task, live, "base")
+        return self._keep(asked, model, base)
 
     def _base_answers(self, spec: TaskSpec) -> TaskRecord:
         assert self._subject.apart is not None
-        loaded, identity = self._prepare(spec)
-        model = self._waiting(spec, identity)
+        asked = self._prepare(spec)
+        model = self._waiting(spec, asked.identity)
         if model is None:
             raise EvaluationError(f"{spec.label}: what is asked changed while it was evaluated")
-        base = self._score(loaded, self._loaded(self._subject.apart), "base")
-        record = self._keep(loaded, identity, model, base)
+        base = self._score(asked.task, self._loaded(self._subject.apart), "base")
+        record = self._keep(asked, model, base)
         self._waiting_file(spec).unlink()
         with suppress(OSError):
             self._waiting_file(spec).parent.rmdir()
         return record
 
-    def _prepare(self, spec: TaskSpec) -> tuple[LoadedTask, str]:
+    def _prepare(self, spec: TaskSpec) -> _Asked:
         self._reporter.stage(spec.label)
         loaded = self._library.load(spec)
-        asked = build_requests(loaded, self._settings.limit)
-        return loaded, task_identity(self._subject, asked, f"{spec.label} {' '.join(spec.metrics)}")
+        requests = build_requests(loaded, self._settings.limit)
+        identity = task_identity(self._subject, requests, f"{spec.label} {' '.join(spec.metrics)}")
+        return _Asked(task=loaded, requests=requests, identity=identity)
 
     def _loaded(self, side: Side) -> LiveModel:
         if self._live is None:
@@ -136,6 +146,8 @@ class TaskEvaluation:
         return self._live
 
     def _unload(self) -> None:
+        if self._live is None:
+            return
         self._live = None
         gc.collect()
         if torch.cuda.is_available():
@@ -149,17 +161,16 @@ class TaskEvaluation:
         self._seconds[label] = self._seconds.get(label, 0.0) + time.monotonic() - begun
         return scored
 
-    def _keep(
-        self, loaded: LoadedTask, identity: str, model: ScoredTask, base: ScoredTask | None
-    ) -> TaskRecord:
+    def _keep(self, asked: _Asked, model: ScoredTask, base: ScoredTask | None) -> TaskRecord:
         """Write the items, then the record: with it, the task is finished."""
-        spec = loaded.spec
+        spec = asked.task.spec
         if model.cut:
             self._reporter.note(f"{model.cut} requests were longer than the context and lost their beginning")
-        paired = pair_task(loaded, model, base)
+        paired = pair_task(asked.task, model, base)
         record = TaskRecord(
             task=spec.label,
-            identity=identity,
+            identity=asked.identity,
+            asked=asked.requests,
             model=self._subject.model.name,
             base=self._subject.base,
             limit=self._settings.limit,
@@ -170,7 +181,7 @@ class TaskEvaluation:
             cut=model.cut,
             items=f"items/{spec.slug}.jsonl",
             seconds=round(self._seconds.get(spec.label, 0.0), 2),
-            provenance=capture_provenance(data={spec.label: identity}),
+            provenance=capture_provenance(data={spec.label: asked.requests}),
         )
         (self._out / "items").mkdir(parents=True, exist_ok=True)
         write_file(self._out / record.items, "".join(item_lines(model, base)))

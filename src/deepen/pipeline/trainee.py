@@ -125,8 +125,9 @@ def assemble_trainee(trainee: Trainee, world: World) -> Trainee:
 
 
 def set_aside(trainee: Trainee) -> None:
-    """Free the device for what was saved. A packed model stays there, a sharded one has left it."""
-    if trainee.model.device.type != "cpu" and not packed_layers(trainee.model):
+    """Free the device for what was saved. A sharded model has left it, a packed one been let go."""
+    first = next(trainee.model.parameters(), None)
+    if first is not None and first.device.type != "cpu" and not packed_layers(trainee.model):
         trainee.model.cpu()
 
 

@@ -1,10 +1,10 @@
-"""Several runs on the same held-out items, side by side."""
+"""Several runs on the same items of texts and tasks, side by side."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from deepen.records.results import Record
+from deepen.records.results import Record, Role
 
 
 class Difference(Record):
@@ -29,32 +29,36 @@ class Cell(Record):
     """One run on one column.
 
     Attributes:
-        value: loss in the comparison's metric.
-        from_base: the run less the base; None in the base's own row.
+        value: in the column's metric; None in the base's row where no base was scored.
+        from_base: the run less the base; None in the base's own row, and where no base was scored.
         from_first: the run less the first run; None in the base's row and the first run's.
     """
 
-    value: float
+    value: float | None
     from_base: Difference | None = None
     from_first: Difference | None = None
 
 
 class Column(Record):
-    """What a column shows: one text, or all texts of a role pooled where there are several.
+    """What a column shows: one text, all texts of a role pooled where there are several, or a task's score.
 
     Attributes:
-        name: of the text, or `all general` / `all domain` for the pool.
+        name: of the text or task, or `all general` / `all domain` for the pool.
         role: `general` (must be kept) or `domain` (must be learned).
-        pooled: whether the column stands for its role as a whole; each role has exactly one such column.
-        n: items: documents or windows.
-        tokens: predicted tokens.
+        pooled: whether the column stands for its role as a whole; each role with texts has exactly one.
+        n: items: documents, windows, or questions.
+        tokens: predicted tokens; None for a task.
+        metric: of a task, such as `acc`; None for texts, which are in the comparison's.
+        higher_is_better: whether a positive difference is a gain.
     """
 
     name: str
-    role: Literal["general", "domain"]
+    role: Role
     pooled: bool
     n: int
-    tokens: int
+    tokens: int | None = None
+    metric: str | None = None
+    higher_is_better: bool = False
 
 
 class Row(Record):
@@ -74,15 +78,15 @@ class Comparison(Record):
 
     Attributes:
         metric: unit of the losses.
-        base: name or path of the base, as the first run has it.
+        base: name or path of the base, as the first run has it; None where it was not scored.
         columns: what is compared.
         rows: the base and the runs.
-        left_out: texts that not every run was evaluated on, with the runs that lack them, a line each.
+        left_out: texts and tasks that not all runs were evaluated on, or not alike; a line each.
     """
 
     format_version: Literal[1] = 1
     metric: str
-    base: str
+    base: str | None
     columns: list[Column]
     rows: list[Row]
     left_out: list[str] = Field(default_factory=list)

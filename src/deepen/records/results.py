@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from deepen.errors import DataError
 from deepen.records.provenance import Provenance
 
+Role = Literal["general", "domain"]
+"""Of a text or task: it must be kept, or learned."""
+
 
 class Record(BaseModel):
     """A result as JSON. Unknown keys are kept: a newer deepen may have written them."""
@@ -37,7 +40,7 @@ class Metric(Record):
     """
 
     task: str
-    role: Literal["general", "domain"] | None = None
+    role: Role | None = None
     metric: str
     value: float
     stderr: float | None
@@ -84,7 +87,7 @@ class TextResult(Record):
     """The items of one text and the digest of what was read."""
 
     task: str
-    role: Literal["general", "domain"]
+    role: Role
     digest: str
     items: Items
 
@@ -106,7 +109,7 @@ class TokenShift(Record):
     """
 
     task: str
-    role: Literal["general", "domain"]
+    role: Role
     n: int
     tokens: int
     unshifted: float
@@ -120,12 +123,22 @@ class TokenShift(Record):
 class EvaluationRecord(Record):
     """`evaluation/heldout.json`: held-out loss on every text of a run.
 
-    `shift` is empty where the recipe does not ask for it.
+    `evaluation/texts.json` is the same of texts that `deepen evaluate` was given.
+
+    Attributes:
+        model: name or path of the model.
+        base: the same of the base; empty where none was scored.
+        identity: digest of model and base in `texts.json`; with an equal one its texts are not scored again.
+        metrics: in both units; p values are adjusted for all texts of the record.
+        texts: the items behind them.
+        shift: empty where the recipe does not ask for it.
+        provenance: of this evaluation.
     """
 
     format_version: Literal[1] = 1
     model: str
     base: str
+    identity: str | None = None
     metrics: list[Metric]
     texts: list[TextResult]
     shift: list[TokenShift] = Field(default_factory=list)
@@ -183,7 +196,7 @@ class QuantisedLoss(Record):
     """
 
     task: str
-    role: Literal["general", "domain"]
+    role: Role
     base: float
     base_quantised: float
     trained: float

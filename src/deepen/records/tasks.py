@@ -45,7 +45,7 @@ class ScoredTask(Record):
 
 
 class TaskScores(Record):
-    """One metric of a task that is a mean over items, item by item.
+    """One metric of a task that is a mean, or a ratio of sums, over items, item by item.
 
     Attributes:
         task: name in results.
@@ -53,6 +53,7 @@ class TaskScores(Record):
         higher_is_better: whether a larger score is a gain.
         values: of the model.
         base: of the base on the same items; None where none was scored.
+        weights: denominators where the metric is a ratio of sums: bytes × ln 2 under nats for bits per byte.
     """
 
     task: str
@@ -60,6 +61,7 @@ class TaskScores(Record):
     higher_is_better: bool
     values: list[float]
     base: list[float] | None = None
+    weights: list[float] | None = None
 
 
 class TaskRecord(Record):
@@ -68,12 +70,13 @@ class TaskRecord(Record):
     Attributes:
         task: the task with its shots, `arc_challenge:25`.
         identity: digest of model, base and all that was asked; with an equal one the task is not rerun.
+        asked: digest of the requests alone, the same for every model; with an equal one items can be paired.
         model: name or path of the model.
         base: the same of the base; None where none was scored.
         limit: documents taken of each leaf; None: all.
         metrics: value, base, difference and interval; what is adjusted for several tasks is so for those
             reported together.
-        scores: the items behind those metrics that are means.
+        scores: the items behind those metrics that are means or ratios of sums.
         results: the harness's own figures of the model, also of a group's members.
         base_results: the same of the base.
         cut: requests cut at the left to the model's context.
@@ -85,6 +88,7 @@ class TaskRecord(Record):
     format_version: Literal[1] = 1
     task: str
     identity: str
+    asked: str
     model: str
     base: str | None
     limit: int | None

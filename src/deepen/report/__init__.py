@@ -5,6 +5,7 @@ from deepen.report.comparison import describe_differences, print_table, render_t
 from deepen.report.complete import complete_pages
 from deepen.report.page import write_report
 from deepen.report.read import RunReport, read_run
+from deepen.report.retention import finding, p_value
 from deepen.report.watch import WatchServer
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "WatchServer",
     "complete_pages",
     "describe_differences",
+    "finding",
+    "p_value",
     "print_table",
     "read_run",
     "render_table",

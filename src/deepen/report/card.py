@@ -9,6 +9,7 @@ import yaml
 from deepen.report.layout import draw_tower
 from deepen.report.page import METRICS, units
 from deepen.report.read import RunReport, read_run
+from deepen.report.retention import describe_tasks, divergence, finding, margin_of, token_shifts
 from deepen.report.templates import render
 from deepen.report.wording import verdict
 from deepen.report.write import write_page
@@ -50,6 +51,11 @@ def render_card(report: RunReport, *, pack: bool, model: bool) -> str:
         tower=draw_tower(report.result.layout) if report.result.layout else None,
         verdicts=[verdict(metric) for metric in report.metrics("nats_per_token")],
         metrics=METRICS,
+        tasks=describe_tasks(report),
+        finding=finding,
+        margin=margin_of(report),
+        shifts=token_shifts(report),
+        divergence=divergence,
         units=units(report),
         base=_hub_id(report) or report.base_name,
         pack=pack,

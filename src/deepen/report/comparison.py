@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepen.records import Cell, Comparison, Difference
+from deepen.records import Cell, Column, Comparison, Difference
 from deepen.report.figures import plane_chart
 from deepen.report.page import METRICS
 from deepen.report.retention import p_value
@@ -48,11 +48,11 @@ def print_table(comparison: Comparison, console: Console) -> None:
 
 
 def render_table(comparison: Comparison) -> Table:
-    """Return the comparison as a table for the terminal: losses and their differences from the base."""
+    """Return the comparison as a table for the terminal: values and their differences from the base."""
     table = _table(comparison)
     table.add_column("run")
     for column in comparison.columns:
-        table.add_column(Text(f"{column.name}\n{_MEANING[column.role]}"), justify="right")
+        table.add_column(Text("\n".join(_heading(column))), justify="right")
         table.add_column(Text("Δ base"), justify="right")
     for row in comparison.rows:
         table.add_row(Text(row.label), *(text for cell in row.cells for text in _texts(cell)))
@@ -60,32 +60,45 @@ def render_table(comparison: Comparison) -> Table:
 
 
 def render_tall_table(comparison: Comparison) -> Table:
-    """Return the comparison as a table of six columns, however many texts there are."""
+    """Return the comparison as a table of six columns, however many texts and tasks there are."""
     table = _table(comparison)
     table.add_column("text", no_wrap=True)
     table.add_column("run", overflow="fold")  # of all columns a name can best do with two lines
-    for heading in ("loss", "Δ base", "95% interval", "p"):
+    for heading in ("value", "Δ base", "95% interval", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
     for place, column in enumerate(comparison.columns):
         # The base's row and the first run's are always there to hold these two.
-        said = chain((column.name, _MEANING[column.role]), repeat(""))
+        said = chain(_heading(column), repeat(""))
         for row, words in zip(comparison.rows, said, strict=False):
             cell = row.cells[place]
             moved, ends, p = (*_difference(cell.from_base), "", "", "")[:3]
-            table.add_row(Text(words), Text(row.label), loss(cell.value), moved, ends, p.removeprefix("p "))
+            table.add_row(Text(words), Text(row.label), _value(cell), moved, ends, p.removeprefix("p "))
         table.add_section()
     return table
 
 
 def _table(comparison: Comparison) -> Table:
     unit = METRICS.get(comparison.metric, comparison.metric)
+    tasks = "; of ↑ more is better" if any(column.metric for column in comparison.columns) else ""
     return Table(
-        caption=f"{unit}; differences are from the base, paired, with 95% intervals; p is adjusted (Holm)"
+        caption=f"{unit}{tasks}; differences are from the base, paired, with 95% intervals; "
+        "p is adjusted (Holm)"
     )
 
 
+def _heading(column: Column) -> tuple[str, str]:
+    """Two lines: the name, and what the text is for or what the task's figure is."""
+    if column.metric is None:
+        return column.name, _MEANING[column.role]
+    return column.name, f"{column.metric} {'↑' if column.higher_is_better else '↓'}"
+
+
+def _value(cell: Cell) -> str:
+    return "–" if cell.value is None else loss(cell.value)
+
+
 def describe_differences(comparison: Comparison) -> list[str]:
-    """Say of each run after the first how it differs from the first, as a whole for each role.
+    """Say of each run after the first how it differs from the first, as a whole for each role and by task.
 
     What an interval cannot tell apart is called so, and so is what it could only alone, not among many. Then
     the texts left out.
@@ -94,13 +107,17 @@ def describe_differences(comparison: Comparison) -> list[str]:
     said = [
         f"{row.label} against {first}: "
         + "; ".join(
-            f"{column.role} loss {_against(cell.from_first)}"
+            f"{_what(column)} {_against(cell.from_first)}"
             for column, cell in zip(comparison.columns, row.cells, strict=True)
-            if column.pooled
+            if column.pooled or column.metric
         )
         for row in comparison.rows[2:]
     ]
     return said + [f"left out: {line}" for line in comparison.left_out]
+
+
+def _what(column: Column) -> str:
+    return f"{column.name} {column.metric}" if column.metric else f"{column.role} loss"
 
 
 def _against(difference: Difference | None) -> str:
@@ -118,7 +135,7 @@ def _against(difference: Difference | None) -> str:
 
 
 def _texts(cell: Cell) -> tuple[Text, Text]:
-    return Text(loss(cell.value)), Text("\n".join(_difference(cell.from_base)))
+    return Text(_value(cell)), Text("\n".join(_difference(cell.from_base)))
 
 
 def _difference(difference: Difference | None) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def heldout_chart(report: RunReport, role: Literal["general", "domain"]) -> Char
 
 
 def plane_chart(comparison: Comparison) -> Chart | None:
-    """The learned/kept plane: general loss across, domain loss up; None unless both roles were evaluated."""
+    """The learned/kept plane: general loss across, domain loss up; None unless both roles and a base were."""
     pooled = [
         [column.pooled and column.role == role for column in comparison.columns]
         for role in ("general", "domain")
@@ -104,21 +104,30 @@ def plane_chart(comparison: Comparison) -> Chart | None:
     if not all(any(each) for each in pooled):
         return None
     across, up = (each.index(True) for each in pooled)
-    base, *runs = comparison.rows
+    rows = [(row.label, row.cells[across].value, row.cells[up].value) for row in comparison.rows]
+    places = [(label, x, y) for label, x, y in rows if x is not None and y is not None]
+    if len(places) < len(rows):
+        return None
+    _, base_x, base_y = places[0]
 
     def draw(axes: Axes) -> None:
-        x, y = base.cells[across].value, base.cells[up].value
-        axes.axvline(x, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.axhline(y, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axvline(base_x, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axhline(base_y, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.plot(
-            [x], [y], marker="o", markersize=8, markerfacecolor="none", markeredgecolor=INK, linestyle=""
+            [base_x],
+            [base_y],
+            marker="o",
+            markersize=8,
+            markerfacecolor="none",
+            markeredgecolor=INK,
+            linestyle="",
         )
-        for number, run in enumerate(runs):
+        for number, (run, (_, x, y)) in enumerate(zip(comparison.rows[1:], places[1:], strict=True)):
             cells = run.cells[across], run.cells[up]
             bars = [[[size] for size in _arms(cell.from_base)] for cell in cells]
             axes.errorbar(
-                cells[0].value,
-                cells[1].value,
+                x,
+                y,
                 xerr=bars[0],
                 yerr=bars[1],
                 color=SERIES[number % len(SERIES)],
@@ -128,15 +137,11 @@ def plane_chart(comparison: Comparison) -> Chart | None:
                 capsize=2.5,
             )
         axes.margins(0.18)
-        places = [(row.label, row.cells[across].value, row.cells[up].value) for row in comparison.rows]
         _annotate(axes, places)
         axes.set_xlabel("general loss  (left: kept better)")
         axes.set_ylabel("domain loss  (down: learned more)")
 
-    description = "; ".join(
-        f"{row.label}: general {loss(row.cells[across].value)}, domain {loss(row.cells[up].value)}"
-        for row in comparison.rows
-    )
+    description = "; ".join(f"{label}: general {loss(x)}, domain {loss(y)}" for label, x, y in places)
     return chart("plane", "Learned against kept", description, (5.4, 4.2), draw)
 
 

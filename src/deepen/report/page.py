@@ -7,7 +7,7 @@ from deepen.report.blocks import HEIGHT, WIDTH, trace_blocks
 from deepen.report.figures import heldout_chart, speed_chart, training_chart
 from deepen.report.layout import draw_tower
 from deepen.report.read import RunReport, read_run
-from deepen.report.retention import describe_kept, divergence, margin_of, token_shifts
+from deepen.report.retention import describe_kept, describe_tasks, divergence, margin_of, token_shifts
 from deepen.report.templates import render
 from deepen.report.wording import verdict
 from deepen.report.write import write_page
@@ -49,6 +49,7 @@ def render_report(report: RunReport, *, reload: int | None = None) -> str:
         verdicts=[verdict(metric) for metric in report.metrics("nats_per_token")] if result else [],
         kept=describe_kept(report),
         margin=margin_of(report),
+        tasks=describe_tasks(report),
         shifts=token_shifts(report),
         divergence=divergence,
         metrics=METRICS,

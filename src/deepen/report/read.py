@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 from deepen.config import Recipe, load_recipe
 from deepen.records import (
@@ -13,14 +12,14 @@ from deepen.records import (
     FindingsRecord,
     Metric,
     Provenance,
+    Role,
     RunResult,
+    TaskRecord,
     TrainingPoint,
     read_metrics,
     read_record,
     read_result,
 )
-
-Role = Literal["general", "domain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,7 @@ class RunReport:
         training: logged steps, ascending.
         evaluations: held-out losses during training, ascending.
         heldout: the final evaluation, or None where the recipe names no texts.
+        tasks: finished benchmark tasks, by name.
         findings: of the checks of its texts in one line, or None where it asks for none.
     """
 
@@ -60,6 +60,7 @@ class RunReport:
     training: list[TrainingPoint]
     evaluations: list[EvaluationPoint]
     heldout: EvaluationRecord | None
+    tasks: list[TaskRecord]
     findings: str | None
 
     @property
@@ -175,6 +176,7 @@ def _read(run_dir: Path, outcome: RunResult | None) -> RunReport:
         training=training,
         evaluations=evaluations,
         heldout=read_record(heldout, EvaluationRecord) if heldout.exists() else None,
+        tasks=[read_record(path, TaskRecord) for path in sorted(heldout.parent.glob("task-*.json"))],
         findings=read_record(findings, FindingsRecord).line if findings.exists() else None,
     )
 

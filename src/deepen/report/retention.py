@@ -50,6 +50,37 @@ def margin_of(report: RunReport) -> float | None:
     return next((each.margin for each in report.metrics("nats_per_token") if each.margin), None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """One metric of a benchmark task.
+
+    Attributes:
+        metric: the figures.
+        finding: the verdict, with the items that would decide where it is open; `–` without a difference.
+        p: of no difference at all, adjusted for the tasks evaluated together (Holm).
+        kind: `good`, `bad` or `open`, for the eye.
+    """
+
+    metric: Metric
+    finding: str
+    p: str
+    kind: str
+
+
+def describe_tasks(report: RunReport) -> list[TaskRow]:
+    """Return a row for each metric of each finished task, domain tasks first."""
+    metrics = [metric for task in report.tasks for metric in task.metrics]
+    return [
+        TaskRow(
+            metric=metric,
+            finding="–" if metric.verdict is None else finding(metric),
+            p=p_value(metric.p_holm),
+            kind=_kind(metric),
+        )
+        for metric in sorted(metrics, key=lambda each: each.role != "domain")
+    ]
+
+
 def finding(metric: Metric) -> str:
     """Say a verdict in words: `kept`, `lost`, or what it would take to tell."""
     if metric.verdict is None:
@@ -67,7 +98,6 @@ def p_value(p: float | None) -> str:
 
 
 def _kept(metric: Metric) -> Kept:
-    kinds = {"kept": "good", "lost": "bad"}
     return Kept(
         task=metric.task,
         base="–" if metric.base_value is None else perplexity(metric.base_value),
@@ -75,8 +105,12 @@ def _kept(metric: Metric) -> Kept:
         factor=_factor(metric),
         finding=finding(metric),
         p=p_value(metric.p_holm),
-        kind=kinds.get(metric.verdict or "", "open"),
+        kind=_kind(metric),
     )
+
+
+def _kind(metric: Metric) -> str:
+    return {"kept": "good", "lost": "bad"}.get(metric.verdict or "", "open")
 
 
 def perplexity(nats: float) -> str:

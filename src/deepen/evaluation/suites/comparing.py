@@ -16,7 +16,7 @@ def compare_scores(scores: Sequence[TaskScores]) -> list[Metric]:
         EvaluationError: a score is not a number, or the model and its base were not given the same items.
     """
     try:
-        return compare_items([_items(each) for each in scores])
+        return compare_items([paired_items(each) for each in scores])
     except DataError as error:
         raise EvaluationError(str(error)) from None
 
@@ -36,11 +36,13 @@ def _updated(metric: Metric, found: dict[tuple[str, str], Metric]) -> Metric:
     return metric if update is None else update.model_copy(update={"role": metric.role})
 
 
-def _items(scores: TaskScores) -> PairedItems:
+def paired_items(scores: TaskScores) -> PairedItems:
+    """Return the columns of a task's score as they are compared."""
     return PairedItems(
         task=scores.task,
         metric=scores.metric,
         values=np.asarray(scores.values, dtype=np.float64),
         base=None if scores.base is None else np.asarray(scores.base, dtype=np.float64),
+        weights=None if scores.weights is None else np.asarray(scores.weights, dtype=np.float64),
         higher_is_better=scores.higher_is_better,
     )

@@ -1,15 +1,14 @@
 """The model's items beside the base's: metrics with their paired differences, and the items to read."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import numpy as np
 from lm_eval.api.metrics import bits_per_byte, mean
 
 from deepen.errors import EvaluationError
-from deepen.evaluation.statistics import paired_difference, standard_error
 from deepen.evaluation.suites.comparing import compare_scores
 from deepen.evaluation.suites.library import LoadedTask
 from deepen.records import Metric, ScoredItem, ScoredTask, TaskScores
@@ -22,7 +21,7 @@ class PairedTask:
     """A task under the model and its base.
 
     Attributes:
-        scores: the items of each metric that is a mean over them.
+        scores: the items of each metric that is a mean or a ratio of sums over them.
         metrics: all metrics, those compared among themselves alone.
     """
 
@@ -72,9 +71,9 @@ def pair_task(loaded: LoadedTask, model: ScoredTask, base: ScoredTask | None) ->
         raise EvaluationError(
             f"{loaded.spec.label}: has no metric {', '.join(loaded.spec.metrics)}; it has {', '.join(held)}"
         )
-    means = [column for column in columns if column.aggregate in (None, mean)]
-    scores = [_scores(column, model, base) for column in means]
-    others = [_other(column, model, base) for column in columns if column not in means]
+    itemised = [column for column in columns if column.aggregate in (None, mean, bits_per_byte)]
+    scores = [_scores(column, model, base) for column in itemised]
+    others = [_other(column, model, base) for column in columns if column not in itemised]
     metrics = [*compare_scores(scores), *others]
     return PairedTask(
         scores=scores,
@@ -147,6 +146,11 @@ def _metrics(loaded: LoadedTask, scored: ScoredTask, leaves: tuple[str, ...]) ->
 
 def _scores(column: _Column, model: ScoredTask, base: ScoredTask | None) -> TaskScores:
     values, others = column.values(model), None if base is None else column.values(base)
+    weights = None
+    if column.aggregate is bits_per_byte:  # (log-likelihood, bytes) of each
+        weights = [size * math.log(2) for _, size in values]
+        values = [-nats for nats, _ in values]
+        others = None if others is None else [-nats for nats, _ in others]
     if not all(isinstance(value, int | float) for value in (*values, *(others or ()))):
         raise EvaluationError(f"{column.task}: {column.metric} is not a number for each item")
     return TaskScores(
@@ -155,33 +159,23 @@ def _scores(column: _Column, model: ScoredTask, base: ScoredTask | None) -> Task
         higher_is_better=column.higher_is_better,
         values=values,
         base=others,
+        weights=weights,
     )
 
 
 def _other(column: _Column, model: ScoredTask, base: ScoredTask | None) -> Metric:
     """A figure that is no mean over items."""
-    values = column.values(model)
-    others = None if base is None else column.values(base)
-    if column.aggregate is bits_per_byte:
-        return _bits(column, values, others)
     assert column.aggregate is not None
-    value = float(column.aggregate(values))
+    values = column.values(model)
     metric = Metric(
-        task=column.task, role="general", metric=column.metric, value=value, stderr=None, n=len(values)
+        task=column.task,
+        metric=column.metric,
+        value=float(column.aggregate(values)),
+        stderr=None,
+        n=len(values),
+        higher_is_better=column.higher_is_better,
     )
-    if others is None:
+    if base is None:
         return metric
-    base_value = float(column.aggregate(others))
-    return metric.model_copy(update={"base_value": base_value, "delta": value - base_value})
-
-
-def _bits(column: _Column, values: Sequence[Any], others: Sequence[Any] | None) -> Metric:
-    """Bits per byte: summed nats over summed bytes × ln 2."""
-    nll, sizes = -np.asarray(values, dtype=np.float64).T[0], np.asarray(values, dtype=np.float64).T[1]
-    weights = sizes * np.log(2)
-    figures: Mapping[str, Any] = {"value": nll.sum() / weights.sum(), "stderr": standard_error(nll, weights)}
-    if others is not None:
-        interval = paired_difference(nll, -np.asarray(others, dtype=np.float64).T[0], weights)
-        kept = ("value", "stderr", "base_value", "delta", "ci_low", "ci_high")
-        figures = {name: getattr(interval, name) for name in kept}
-    return Metric(task=column.task, role="general", metric=column.metric, n=len(values), **figures)
+    base_value = float(column.aggregate(column.values(base)))
+    return metric.model_copy(update={"base_value": base_value, "delta": metric.value - base_value})

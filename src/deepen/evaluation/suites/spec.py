@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepen.config.document import read_yaml
 from deepen.errors import EvaluationError, RecipeError
-
-Role = Literal["general", "domain"]
+from deepen.records import Role
 
 _HERE: Final = Path(__file__).parent
 _YAML: Final = (".yaml", ".yml")
