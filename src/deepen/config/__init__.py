@@ -2,7 +2,7 @@
 
 from deepen.config.load import dump_recipe, load_recipe, parse_recipe
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
-from deepen.config.sft import ConversationSet, Format
+from deepen.config.sft import ConversationSet, Format, SftSection
 from deepen.config.texts import DataSection, Place, Source, TextSet
 from deepen.config.training import FreezeSection, LoraSection, PromptSection, TrainSection
 
@@ -17,6 +17,7 @@ __all__ = [
     "Place",
     "PromptSection",
     "Recipe",
+    "SftSection",
     "Source",
     "TextSet",
     "TrainSection",
