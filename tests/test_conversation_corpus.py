@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepen.config import ConversationSet
 from deepen.data.chat import choose_template
-from deepen.data.conversation_corpus import mix_conversations, prepare_conversations
+from deepen.data.conversation_build import mix_conversations, prepare_conversations
 from deepen.data.packing import open_windows
 from deepen.errors import DataError
 from deepen.training.interface import Hooks, Settings
@@ -44,10 +44,9 @@ def tokenizer():
 
 def prepare(path, found, tokenizer, length=LENGTH, template="chatml"):
     path.write_text("".join(json.dumps(record) + "\n" for record in found))
-    notes = []
     asked = ConversationSet(path=str(path))
     chosen = choose_template(tokenizer, template)
-    return prepare_conversations(asked, tokenizer, chosen, length, note=notes.append)
+    return prepare_conversations(asked, tokenizer, chosen, length, cache=path.parent / "cache")
 
 
 def alone(tokenizer, record) -> tuple[list[int], list[int]]:
@@ -136,7 +135,8 @@ def test_packs_keep_conversations_whole_and_apart(tmp_path, tokenizer):
 
 def test_equal_conversations_have_equal_digests(tmp_path, tokenizer):
     first = prepare(tmp_path / "a.jsonl", records(5), tokenizer)
-    assert prepare(tmp_path / "b.jsonl", records(5), tokenizer).digest == first.digest
+    (tmp_path / "elsewhere").mkdir()
+    assert prepare(tmp_path / "elsewhere/a.jsonl", records(5), tokenizer).digest == first.digest
     others = [
         prepare(tmp_path / "c.jsonl", records(6), tokenizer),
         prepare(tmp_path / "d.jsonl", records(5), tokenizer, template="zephyr"),
@@ -185,11 +185,11 @@ def test_the_loop_learns_answers_only(tmp_path, tokenizer):
     assert losses[-1] < 0.5 < 2 < losses[0]
 
 
-def test_learned_tokens_of_real_instructions_are_their_answers(data_dir):
+def test_learned_tokens_of_real_instructions_are_their_answers(data_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(data_dir / "models/stories260k")
     asked = ConversationSet(path=str(data_dir / "instructions/alpaca.json"))
     corpus = prepare_conversations(
-        asked, tokenizer, choose_template(tokenizer, "alpaca"), 4096, note=lambda line: None
+        asked, tokenizer, choose_template(tokenizer, "alpaca"), 4096, cache=tmp_path
     )
     raw = json.loads((data_dir / "instructions/alpaca.json").read_text())
     assert (corpus.counts.read, corpus.counts.cut) == (len(raw), 0)
@@ -199,3 +199,22 @@ def test_learned_tokens_of_real_instructions_are_their_answers(data_dir):
         assert ids[learned][-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[learned][:-1]).strip() == record["output"].strip()
         assert ids[0] == tokenizer.bos_token_id != ids[1]
+
+
+def test_a_set_is_tokenised_once(tmp_path, tokenizer, monkeypatch):
+    first = prepare(tmp_path / "a.jsonl", records(5), tokenizer)
+    assert first.forms == ("a.jsonl: messages (messages: a list of role and content)",)
+    monkeypatch.setattr("deepen.data.conversation_build.lay_out", None)
+    again = prepare(tmp_path / "a.jsonl", records(5), tokenizer)
+    assert (again.directory, again.counts, again.forms) == (first.directory, first.counts, first.forms)
+    with pytest.raises(TypeError):
+        prepare(tmp_path / "a.jsonl", records(6), tokenizer)
+    assert [path.name for path in (tmp_path / "cache/conversations").iterdir()] == [first.directory.name]
+
+
+@pytest.mark.parametrize("damage", ["ids.bin", "conversations.json"])
+def test_a_damaged_cache_is_not_trained_on(tmp_path, tokenizer, damage):
+    corpus = prepare(tmp_path / "a.jsonl", records(5), tokenizer)
+    (corpus.directory / damage).write_text("{}")
+    with pytest.raises(DataError, match=f"{damage}: "):
+        prepare(tmp_path / "a.jsonl", records(5), tokenizer)

@@ -99,7 +99,7 @@ def test_forms_are_detected_and_said(tmp_path, name):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(record) + "\n\n" + json.dumps(record))
     found, notes = read(path)
-    assert notes == [f"{path}: {told}"]
+    assert notes == [f"a.jsonl: {told}"]
     assert [one.where for one in found] == [f"{path}: line 1", f"{path}: line 3"]
     assert [list(one.messages) for one in found] == [messages] * 2
     assert found[0].tools == ((TOOL,) if name == "messages" else ())

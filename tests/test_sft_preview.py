@@ -38,7 +38,7 @@ def test_what_is_learned_are_the_answers(tmp_path, recipe, capsys):
         learned += re.findall(r"(.+?)<\|endoftext\|>\n", tokenizer.decode(ids))
     assert set(learned) == {record["output"] for record in FOUND}
     (one,) = facts["sets"]
-    assert one["forms"] == [f"{tmp_path / 'talk.json'}: alpaca (keys instruction, input, output)"]
+    assert one["forms"] == ["talk.json: alpaca (keys instruction, input, output)"]
     assert (facts["template"], one["counts"]["kept"], one["counts"]["cut"]) == ("zephyr", 4, 0)
     # The paper's length is more than this base has.
     assert preview(capsys, recipe)["sequence_length"] == 64

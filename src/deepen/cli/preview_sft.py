@@ -28,19 +28,19 @@ def preview_conversations(recipe: Recipe, tokenizer: Any, step: int, reporter: R
 
 def _describe(labels: list[str], found: Conversations) -> dict[str, Any]:
     mixture = found.mixture
-    columns = zip(labels, found.forms, found.corpora, mixture.packing_counts(), strict=True)
+    columns = zip(labels, found.corpora, mixture.packing_counts(), strict=True)
     return {
         "template": found.template.name,
         "sequence_length": mixture.sequence_length,
         "sets": [
             {
                 "name": name,
-                "forms": forms,
+                "forms": corpus.forms,
                 "digest": corpus.digest,
                 "counts": corpus.counts,
                 "packing": counts,
             }
-            for name, forms, corpus, counts in columns
+            for name, corpus, counts in columns
         ],
         "windows_per_epoch": mixture.windows_per_epoch,
     }

@@ -23,9 +23,7 @@ class ConversationSet(Place):
 
 
 class SftSection(Section):
-    """Supervised tuning on conversations after training; the loss is on the assistant's tokens only. Defaults
-    are the paper's.
-    """
+    """Tuning on conversations, with the loss on the assistant's tokens; the defaults are the paper's."""
 
     data: Annotated[tuple[ConversationSet, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     """The conversations."""

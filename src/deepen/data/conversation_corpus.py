@@ -1,8 +1,18 @@
-"""Sets of conversations, tokenised and ready to be packed."""
+"""A tokenised set of conversations on disk, prepared once and then opened in no time.
 
-import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+::
+
+    CACHE/conversations/KEY/
+      ids.bin               the ids of all conversations, in the smallest unsigned type
+      learned.bin           a byte an id: whether the assistant says it
+      ends.bin              int64: where each conversation ends
+      conversations.json    what the directory holds
+
+KEY hashes all that decides the content: the bytes of the files, the form they are read in, the tokenizer's
+behaviour, the chat template and the length of a window.
+"""
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,16 +20,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from deepen.config import ConversationSet
-from deepen.data.batches import Mixture
-from deepen.data.chat import ChatTemplate, Encoded, Laid, encode_conversations, lay_out
-from deepen.data.conversation_files import read_conversations
-from deepen.data.conversations import Conversation
 from deepen.data.corpus import Tokens
-from deepen.data.tokens import digest_of, token_dtype, tokenizer_digest
 from deepen.errors import DataError
 
-_AT_ONCE: Final = 256
+FORMAT_VERSION: Final = 1
+META: Final = "conversations.json"
+IDS: Final = "ids.bin"
+LEARNED: Final = "learned.bin"
+ENDS: Final = "ends.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,28 +75,30 @@ class ConversationCounts:
 
 
 class ConversationCorpus:
-    """Conversations end to end, in memory: the smallest type for an id, and a byte for whether it is learned.
+    """Conversations end to end, memory-mapped.
 
     Attributes:
+        directory: where they lie.
         tokens: ids of all conversations.
         documents: conversations.
         document_ends: where each ends: int64 [conversations].
         digest: key of the content.
+        forms: a line a file: which form it has and what told it.
         counts: what was made of what was read.
     """
 
-    def __init__(
-        self,
-        ids: npt.NDArray[Any],
-        learned: npt.NDArray[np.bool_],
-        sizes: Sequence[int],
-        digest: str,
-        counts: ConversationCounts,
-    ) -> None:
-        self._ids, self._learned = ids, learned
-        self.tokens, self.documents = len(ids), len(sizes)
-        self.document_ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
-        self.digest, self.counts = digest, counts
+    def __init__(self, directory: Path) -> None:
+        meta = _read_meta(directory)
+        self.directory = directory
+        self.digest = str(meta["digest"])
+        self.forms = tuple(meta["forms"])
+        self.counts = ConversationCounts(**meta["counts"])
+        self._ids = _map(directory / IDS, np.dtype(meta["dtype"]), self.counts.tokens)
+        self._learned = _map(directory / LEARNED, np.dtype(np.bool_), self.counts.tokens)
+        self.document_ends = np.asarray(
+            _map(directory / ENDS, np.dtype(np.int64), self.counts.kept), dtype=np.int64
+        )
+        self.tokens, self.documents = self.counts.tokens, self.counts.kept
 
     def read(self, position: int, count: int) -> Tokens:
         """Return `count` ids from `position` on, read in a circle."""
@@ -96,103 +106,27 @@ class ConversationCorpus:
 
     def learned(self, position: int, count: int) -> npt.NDArray[np.bool_]:
         """Return which of `count` ids from `position` on the assistant says."""
-        return self._learned[position : position + count]
+        return np.asarray(self._learned[position : position + count])
 
 
-def prepare_conversations(
-    asked: ConversationSet,
-    tokenizer: Any,
-    template: ChatTemplate,
-    length: int,
-    *,
-    note: Callable[[str], None],
-    cache: Path | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> ConversationCorpus:
-    """Read and tokenise a set of conversations; one longer than a window is cut at its end, and counted.
-
-    Args:
-        asked: where they lie and what form they have.
-        tokenizer: a fast transformers tokenizer.
-        template: how messages become one text.
-        length: ids predicted in a window.
-        note: told the form of each file.
-        cache: where `datasets` keeps its copy of a hub dataset; default: its own place.
-        progress: called with the number of conversations read.
-
-    Raises:
-        DataError: a record is malformed, the template cannot be exact, or nothing is left.
-    """
-    conversations = read_conversations(asked, note, cache=cache)
-    pile = _Pile(length, token_dtype(tokenizer))
-    while some := list(itertools.islice(conversations, _AT_ONCE)):
-        pile.add(len(some), _encode(some, template, tokenizer))
-        if progress:
-            progress(pile.read)
-    corpus = pile.corpus([tokenizer_digest(tokenizer), template.source, length])
-    if not corpus.documents:
-        raise DataError(f"{asked.label}: nothing to learn in its {corpus.counts.read:,} conversations")
-    return corpus
-
-
-def mix_conversations(corpora: Sequence[tuple[ConversationCorpus, float]], length: int, seed: int) -> Mixture:
-    """Pack conversations whole into windows, where none sees another, and mix the sets by weight."""
-    return Mixture(corpora, length, seed, packing="best_fit", document_masks=True)
-
-
-def _encode(some: list[Conversation], template: ChatTemplate, tokenizer: Any) -> list[Encoded]:
-    laid: Iterator[Laid | None] = (lay_out(one, template, tokenizer) for one in some)
-    answered = [one for one in laid if one is not None]
-    return encode_conversations(answered, template, tokenizer) if answered else []
-
-
-class _Pile:
-    """Conversations as they come."""
-
-    def __init__(self, length: int, dtype: np.dtype[Any]) -> None:
-        self._most, self._dtype = length + 1, dtype
-        self._ids: list[npt.NDArray[Any]] = []
-        self._learned: list[npt.NDArray[np.bool_]] = []
-        self._lengths: list[int] = []
-        self.read = self._cut = self._cut_tokens = self._lost = self._torn = 0
-
-    def add(self, read: int, encoded: list[Encoded]) -> None:
-        self.read += read
-        for one in encoded:
-            ids, learned = one.ids[: self._most], one.trained[: self._most]
-            self._lengths.append(len(one.ids))
-            self._torn += one.torn
-            self._cut += len(one.ids) > self._most
-            if learned[1:].any():
-                self._cut_tokens += len(one.ids) - len(ids)
-                self._ids.append(ids.astype(self._dtype))
-                self._learned.append(learned)
-            else:
-                self._cut_tokens += len(one.ids)
-                self._lost += 1
-
-    def corpus(self, how: list[Any]) -> ConversationCorpus:
-        ids = np.concatenate([np.empty(0, self._dtype), *self._ids])
-        learned = np.concatenate([np.empty(0, np.bool_), *self._learned])
-        sizes = [len(one) for one in self._ids]
-        content = [hashlib.sha256(part.tobytes()).hexdigest() for part in (ids, learned, np.asarray(sizes))]
-        counts = self._counts(len(ids), int(learned.sum()))
-        return ConversationCorpus(ids, learned, sizes, digest_of([*how, content]), counts)
-
-    def _counts(self, tokens: int, trained: int) -> ConversationCounts:
-        lengths = np.sort(np.asarray(self._lengths or [0]))
-        last = len(lengths) - 1
-        return ConversationCounts(
-            read=self.read,
-            kept=len(self._ids),
-            unanswered=self.read - len(self._lengths),
-            cut=self._cut,
-            cut_tokens=self._cut_tokens,
-            lost=self._lost,
-            torn=self._torn,
-            tokens=tokens,
-            trained=trained,
-            median=int(lengths[last // 2]),
-            most=int(lengths[int(last * 0.95)]),
-            longest=int(lengths[last]),
+def _read_meta(directory: Path) -> dict[str, Any]:
+    path = directory / META
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; remove the directory to build it anew") from error
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format_version {meta.get('format_version')}; this deepen reads {FORMAT_VERSION}"
         )
+    return dict(meta)
+
+
+def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    size = path.stat().st_size if path.is_file() else 0
+    if size != count * dtype.itemsize:
+        wanted = count * dtype.itemsize
+        raise DataError(
+            f"{path}: holds {size} bytes, {META} says {wanted}; remove the directory to build it anew"
+        )
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,))

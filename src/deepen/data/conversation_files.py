@@ -51,7 +51,7 @@ def _open(asked: ConversationSet, cache: Path | None) -> Iterator[tuple[str, Rec
         yield asked.hub, ((f"{asked.hub}: record {number}", record) for number, record in rows)
         return
     for path in find_files(asked):
-        yield str(path), _read(path)
+        yield path.name, _read(path)
 
 
 def _read(path: Path) -> Records:

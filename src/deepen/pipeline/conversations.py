@@ -7,7 +7,8 @@ from typing import Any, Final
 from deepen.config import SftSection
 from deepen.data.batches import Mixture
 from deepen.data.chat import ChatTemplate, choose_template
-from deepen.data.conversation_corpus import ConversationCorpus, mix_conversations, prepare_conversations
+from deepen.data.conversation_build import mix_conversations, prepare_conversations
+from deepen.data.conversation_corpus import ConversationCorpus
 from deepen.errors import RecipeError
 from deepen.pipeline.reporter import Reporter
 
@@ -22,13 +23,11 @@ class Conversations:
     Attributes:
         template: how messages become one text.
         corpora: one a set.
-        forms: of each set, a line a file: which form it has and what told it.
         mixture: where batches come from.
     """
 
     template: ChatTemplate
     corpora: list[ConversationCorpus]
-    forms: list[list[str]]
     mixture: Mixture
 
 
@@ -66,24 +65,20 @@ def prepare_sft(
         raise RecipeError(f"sft.data: two sets are called {name}; give one of them another name")
     template = choose_template(tokenizer, section.template)
     corpora: list[ConversationCorpus] = []
-    forms: list[list[str]] = []
     for asked in section.data:
         reporter.stage(f"reading conversations of {asked.label}")
-        lines: list[str] = []
         corpus = prepare_conversations(
             asked,
             tokenizer,
             template,
             length,
-            note=lines.append,
-            cache=cache / "hub",
+            cache=cache,
             progress=lambda done: reporter.progress(done, None, "conversations"),
         )
-        for line in [*lines, f"{asked.label}: {corpus.counts.line()}"]:
+        for line in [*corpus.forms, f"{asked.label}: {corpus.counts.line()}"]:
             reporter.note(line)
         corpora.append(corpus)
-        forms.append(lines)
     weighted = [(corpus, one.weight) for corpus, one in zip(corpora, section.data, strict=True)]
     return Conversations(
-        template=template, corpora=corpora, forms=forms, mixture=mix_conversations(weighted, length, seed)
+        template=template, corpora=corpora, mixture=mix_conversations(weighted, length, seed)
     )
