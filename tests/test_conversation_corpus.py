@@ -218,3 +218,15 @@ def test_a_damaged_cache_is_not_trained_on(tmp_path, tokenizer, damage):
     (corpus.directory / damage).write_text("{}")
     with pytest.raises(DataError, match=f"{damage}: "):
         prepare(tmp_path / "a.jsonl", records(5), tokenizer)
+
+
+def test_a_set_of_the_hub_is_read(tmp_path, tokenizer):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records(5)))
+    asked = ConversationSet(hub=str(tmp_path / "set"))
+    template = choose_template(tokenizer, "chatml")
+    corpus = prepare_conversations(asked, tokenizer, template, 200, cache=tmp_path / "cache")
+    same = prepare(tmp_path / "a.jsonl", records(5), tokenizer, 200)
+    assert corpus.document_ends.tolist() == same.document_ends.tolist()
+    assert corpus.read(0, corpus.tokens).tolist() == same.read(0, same.tokens).tolist()
+    assert np.array_equal(corpus.learned(0, corpus.tokens), same.learned(0, same.tokens))
