@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 from chat_templates import chat_tokenizer, marked, marking, published, split_turn
-from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from deepen.data.chat import ChatTemplate, choose_template, encode_conversations, lay_out, template_names
 from deepen.data.conversations import Conversation
@@ -205,3 +205,12 @@ def test_masks_on_the_real_llama_2_tokenizer(data_dir, name):
         ids, trained = ours(tokenizer, ORACLE[name][0], messages)
         assert (ids, trained) == theirs(tokenizer, ORACLE[name][1], messages)
         assert ids[:2].count(tokenizer.bos_token_id) == 1
+
+
+def test_all_tokens_of_a_turns_last_character_are_learned(data_dir):
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "models/stories260k")
+    ids, trained = ours(tokenizer, OURS["zephyr"], (user("a"), assistant("b")))
+    # Behind a special token this one writes a newline as two tokens; transformers' mask stops at the first.
+    assert tokenizer.convert_ids_to_tokens(ids[-4:]) == ["b", "</s>", "▁", "<0x0A>"]
+    assert trained[-4:] == [1, 1, 1, 1]
+    assert theirs(tokenizer, ORACLE["zephyr"][1], (user("a"), assistant("b")))[1][-4:] == [1, 1, 1, 0]
