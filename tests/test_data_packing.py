@@ -10,8 +10,9 @@ from test_data_tokenizers import tiny_bpe
 
 from deepen.config import TextSet
 from deepen.data.batches import Mixture
+from deepen.data.bins import best_fit_bins
 from deepen.data.corpus import prepare_corpus
-from deepen.data.packing import best_fit_bins, open_windows
+from deepen.data.packing import open_windows
 
 LENGTH = 48
 

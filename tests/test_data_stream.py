@@ -139,5 +139,5 @@ output: run
 data: {sequence_length: 8, sources: [{path: a.txt, stream: true}]}
 train: {method: full, tokens: 8, batch_tokens: 8, learning_rate: 1}
 """
-    with pytest.raises(RecipeError, match=r"data\.sources\.0: stream and revision are for hub datasets"):
+    with pytest.raises(RecipeError, match=r"data\.sources\.0: stream is for hub datasets"):
         parse_recipe(recipe)

@@ -2,17 +2,22 @@
 
 from deepen.config.load import dump_recipe, load_recipe, parse_recipe
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
-from deepen.config.texts import DataSection, Source, TextSet
+from deepen.config.sft import ConversationSet, Format, SftSection
+from deepen.config.texts import DataSection, Place, Source, TextSet
 from deepen.config.training import FreezeSection, LoraSection, PromptSection, TrainSection
 
 __all__ = [
+    "ConversationSet",
     "DataSection",
     "EvaluateSection",
     "ExpandSection",
+    "Format",
     "FreezeSection",
     "LoraSection",
+    "Place",
     "PromptSection",
     "Recipe",
+    "SftSection",
     "Source",
     "TextSet",
     "TrainSection",

@@ -10,6 +10,7 @@ from pydantic import (
 )
 
 from deepen.config.section import Count, Section, as_tuple
+from deepen.config.sft import SftSection
 from deepen.config.texts import DataSection, TextSet
 from deepen.config.training import TrainSection
 
@@ -84,6 +85,9 @@ class Recipe(Section):
 
     data: DataSection
     train: TrainSection
+    sft: SftSection | None = None
+    """Tuning on conversations after training."""
+
     evaluate: EvaluateSection = EvaluateSection()
     merge: bool = False
     """Also write `model/`, an ordinary checkpoint with the trained blocks in it."""
@@ -121,6 +125,14 @@ class Recipe(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return train
+
+    @field_validator("sft")
+    @classmethod
+    def _tunable(cls, sft: SftSection | None, info: ValidationInfo) -> SftSection | None:
+        train = info.data.get("train")
+        if sft and sft.trainable == "new" and train and train.method != "blocks":
+            raise ValueError(f"trainable new needs new blocks, which method {train.method} does not add")
+        return sft
 
     @field_validator("merge")
     @classmethod

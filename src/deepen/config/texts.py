@@ -11,8 +11,8 @@ from pydantic import (
 from deepen.config.section import Count, Positive, Section, Share, as_tuple
 
 
-class TextSet(Section):
-    """A text to read: files on disk or a dataset of the hub."""
+class Place(Section):
+    """Where records lie: files on disk or a dataset of the hub."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
     """How results call it; default: the name of its file or dataset."""
@@ -32,6 +32,27 @@ class TextSet(Section):
     revision: str | None = None
     """Commit, tag or branch of the hub dataset; default: the newest commit."""
 
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        if self.hub is None and self.revision is not None:
+            raise ValueError("revision is for hub datasets")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name results use."""
+        if self.name:
+            return self.name
+        last = (self.path or self.hub or "").rstrip("/").rsplit("/", 1)[-1]
+        stem = last.split(".", 1)[0].replace("*", "").strip("-_")
+        return stem or "text"
+
+
+class TextSet(Place):
+    """A text to read: files on disk or a dataset of the hub."""
+
     stream: bool = False
     """Read the hub dataset as it arrives, with no copy of it on disk but the corpus."""
 
@@ -45,23 +66,12 @@ class TextSet(Section):
     """Cuts a plain-text file into documents; default: one file is one document."""
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give either path or hub")
+    def _one_way(self) -> Self:
         if self.field is not None and self.template is not None:
             raise ValueError("give either field or template")
-        if self.hub is None and (self.stream or self.revision is not None):
-            raise ValueError("stream and revision are for hub datasets")
+        if self.hub is None and self.stream:
+            raise ValueError("stream is for hub datasets")
         return self
-
-    @property
-    def label(self) -> str:
-        """The name results use."""
-        if self.name:
-            return self.name
-        last = (self.path or self.hub or "").rstrip("/").rsplit("/", 1)[-1]
-        stem = last.split(".", 1)[0].replace("*", "").strip("-_")
-        return stem or "text"
 
 
 class Source(TextSet):

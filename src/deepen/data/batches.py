@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepen.data.corpus import Corpus, Tokens
-from deepen.data.packing import Packing, PackingCounts, Window, open_windows
+from deepen.data.corpus import Tokens
+from deepen.data.packing import Documents, Packing, PackingCounts, Window, open_windows
 from deepen.data.permutation import permute
 from deepen.data.tokens import digest_of
 
@@ -58,7 +58,7 @@ class Mixture:
 
     def __init__(
         self,
-        corpora: Sequence[tuple[Corpus, float]],
+        corpora: Sequence[tuple[Documents, float]],
         sequence_length: int,
         seed: int,
         *,

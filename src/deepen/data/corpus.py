@@ -96,6 +96,9 @@ class Corpus:
             position = (position + len(part)) % self.tokens
         return result
 
+    def learned(self, position: int, count: int) -> None:
+        """Return None: of a text every id is learned."""
+
     @cached_property
     def document_ends(self) -> npt.NDArray[np.int64]:
         """Where each document ends in the stream: [documents], rising, the last equal to `tokens`.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from deepen.config import TextSet
+from deepen.config import Place
 from deepen.errors import DataError
 
 Kind = Literal["plain", "jsonl", "json", "parquet"]
@@ -25,7 +25,7 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def find_files(text: TextSet) -> tuple[Path, ...]:
+def find_files(text: Place) -> tuple[Path, ...]:
     """Resolve `text.path` (a file, a directory with all below it, or a glob with `**`), sorted by path.
 
     Hidden files are not looked at. In a directory or a glob, files of other kinds are passed over.

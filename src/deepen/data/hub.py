@@ -5,11 +5,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from deepen.config import TextSet
+from deepen.config import Place, TextSet
 from deepen.errors import DataError
 
 
-def load_hub(text: TextSet, cache: Path | None) -> Any:
+def load_hub(text: Place, cache: Path | None) -> Any:
     """Load one split as a `datasets.Dataset`.
 
     Args:
@@ -102,7 +102,7 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _explain(text: TextSet, error: Exception) -> str:
+def _explain(text: Place, error: Exception) -> str:
     subset = f" ({text.subset})" if text.subset else ""
     said = str(error).strip().splitlines()
     reason = said[0] if said else type(error).__name__

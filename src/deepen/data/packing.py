@@ -11,20 +11,47 @@ A window has `length + 1` ids: the first `length` are inputs, the last `length` 
 
 With document masks a document sees only itself: positions restart where one begins, which is what
 transformers reads a block-diagonal mask from, and its first id, which nothing precedes, is not predicted.
+Of documents that say which of their ids are learned, as conversations do, the others are not predicted.
 """
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from deepen.data.corpus import Corpus, Tokens
+from deepen.data.bins import best_fit_bins
+from deepen.data.corpus import Tokens
 
 Packing = Literal["stream", "best_fit"]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+
+
+class Documents(Protocol):
+    """Documents end to end, as `deepen.data.corpus.Corpus` has them."""
+
+    @property
+    def tokens(self) -> int:
+        """Ids of all documents."""
+
+    @property
+    def documents(self) -> int:
+        """Documents."""
+
+    @property
+    def digest(self) -> str:
+        """Key of the content."""
+
+    @property
+    def document_ends(self) -> Integers:
+        """Where each ends in the stream: [documents], rising."""
+
+    def read(self, position: int, count: int) -> Tokens:
+        """Return `count` ids of the stream from `position` on, read in a circle."""
+
+    def learned(self, position: int, count: int) -> Flags | None:
+        """Return which of `count` ids from `position` on are learned; None: every one of the stream."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +109,28 @@ class Windows(Protocol):
         """Add up what the packing does."""
 
 
-def open_windows(corpus: Corpus, length: int, packing: Packing, *, document_masks: bool) -> Windows:
-    """Cut a corpus into windows of `length` predicted ids."""
+def open_windows(corpus: Documents, length: int, packing: Packing, *, document_masks: bool) -> Windows:
+    """Cut documents into windows of `length` predicted ids.
+
+    Raises:
+        ValueError: only some ids are learned, and documents would be torn or see each other.
+    """
+    if not (packing == "best_fit" and document_masks) and corpus.learned(0, 1) is not None:
+        raise ValueError("documents of which some ids are learned need best_fit and document masks")
     if packing == "best_fit":
         return _BestFit(corpus, length, document_masks)
     return _Stream(corpus, length, document_masks)
 
 
 class _Stream:
-    def __init__(self, corpus: Corpus, length: int, masks: bool) -> None:
+    def __init__(self, corpus: Documents, length: int, masks: bool) -> None:
         self._corpus, self._length, self._masks = corpus, length, masks
 
     def __len__(self) -> int:
-        return self._corpus.windows(self._length)
+        return -(-self._corpus.tokens // self._length)
 
     def __getitem__(self, index: int) -> Window:
-        tokens = self._corpus.window(index, self._length)
+        tokens = self._corpus.read(index * self._length, self._length + 1)
         if not self._masks:
             return Window(tokens, None, None)
         starts = self.starts(index)
@@ -138,7 +171,7 @@ class _Stream:
 class _BestFit:
     """Pieces of documents in bins: 17 bytes in memory for each, and about 100 while packing."""
 
-    def __init__(self, corpus: Corpus, length: int, masks: bool) -> None:
+    def __init__(self, corpus: Documents, length: int, masks: bool) -> None:
         self._corpus, self._length, self._masks = corpus, length, masks
         ends = corpus.document_ends
         begins, sizes, first, self._cut = _pieces(ends, length)
@@ -157,9 +190,13 @@ class _BestFit:
         ends = np.cumsum(sizes)
         # Padding is any id: nothing is trained on it, and as the last in the window nothing sees it.
         tokens = np.zeros(self._length + 1, dtype=np.int64)
+        learned = np.arange(self._length + 1) < ends[-1]
         for begin, size, end in zip(self._begins[rows].tolist(), sizes.tolist(), ends.tolist(), strict=True):
             tokens[end - size : end] = self._corpus.read(begin, size)
-        trained = np.arange(1, self._length + 1) < ends[-1]
+            flags = self._corpus.learned(begin, size)
+            if flags is not None:
+                learned[end - size : end] = flags
+        trained = learned[1:]
         # Without masks a document's first id is predicted from the document before it, as in a stream; the
         # first id of a piece is the last of the piece before, where it was predicted.
         seams = ends[:-1]
@@ -185,6 +222,9 @@ class _BestFit:
             heads = np.zeros(pieces, dtype=np.bool_)
             heads[self._edges[:-1]] = True
             trained += int((self._first & ~heads).sum())
+        flags = self._corpus.learned(0, self._corpus.tokens)
+        if flags is not None:
+            trained -= int((~flags).sum()) - int((~flags[self._begins]).sum())
         return PackingCounts(
             windows=self._windows,
             places=places,
@@ -216,73 +256,3 @@ def _pieces(ends: Integers, length: int) -> tuple[Integers, Integers, Flags, int
     piece_begins = begins[document] + place * length
     sizes = np.minimum(ends[document] - piece_begins, length + 1)
     return piece_begins, sizes, place == 0, int((parts > 1).sum())
-
-
-def best_fit_bins(sizes: Integers, capacity: int) -> tuple[npt.NDArray[np.int64], int]:
-    """Pack by best-fit decreasing: each item into the bin with the least room that holds it.
-
-    Items of one size are placed together, so that the work grows with the number of sizes and not of items.
-
-    Args:
-        sizes: falling, in [1, capacity].
-        capacity: of a bin.
-
-    Returns:
-        The bin of each item, and the number of bins.
-    """
-    result = np.empty(len(sizes), dtype=np.int64)
-    room = _Room()
-    count = done = 0
-    distinct, totals = np.unique(sizes, return_counts=True)
-    for size, total in zip(distinct[::-1].tolist(), totals[::-1].tolist(), strict=True):
-        end = done + total
-        while done < end:
-            tightest = room.least(size)
-            if tightest is None:
-                tightest = capacity
-                opened = -(-(end - done) // (capacity // size))
-                room.add(capacity, np.arange(count, count + opened))
-                count += opened
-            done = _fill(room, tightest, size, result, done, end)
-    return result, count
-
-
-class _Room:
-    """Bins by the room left in them."""
-
-    def __init__(self) -> None:
-        self._bins: dict[int, Integers] = {}
-        self._levels: list[int] = []
-
-    def least(self, size: int) -> int | None:
-        """Return the least room that holds `size`."""
-        at = bisect_left(self._levels, size)
-        return self._levels[at] if at < len(self._levels) else None
-
-    def add(self, room: int, bins: Integers) -> None:
-        if not room or not len(bins):
-            return
-        if room in self._bins:
-            self._bins[room] = np.concatenate([self._bins[room], bins])
-        else:
-            self._bins[room] = bins
-            insort(self._levels, room)
-
-    def pop(self, room: int) -> Integers:
-        del self._levels[bisect_left(self._levels, room)]
-        return self._bins.pop(room)
-
-
-def _fill(room: _Room, left: int, size: int, result: Integers, done: int, end: int) -> int:
-    """Fill bins that have `left` room with items of one size, one bin after another; return what is done.
-
-    A bin that takes an item has less room than any other the item fits, so it takes the next as well.
-    """
-    bins, each = room.pop(left), left // size
-    used = min(len(bins), -(-(end - done) // each))
-    items = min(used * each, end - done)
-    result[done : done + items] = np.repeat(bins[:used], each)[:items]
-    room.add(left, bins[used:])
-    room.add(left - each * size, bins[: used - 1])
-    room.add(left - (items - (used - 1) * each) * size, bins[used - 1 : used])
-    return done + items

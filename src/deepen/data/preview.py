@@ -11,6 +11,7 @@ class Example:
     """One training window; all lists but `starts` have one entry a token.
 
     Attributes:
+        stage: the part of the run it is trained on in, `train` or `sft`.
         source: label of the source.
         window: its number in the source.
         token_ids: `sequence_length + 1` ids; each is an input but the last, and a target but the first.
@@ -20,6 +21,7 @@ class Example:
         padding: ids at the end that are padding.
     """
 
+    stage: str
     source: str
     window: int
     token_ids: list[int]
@@ -29,16 +31,19 @@ class Example:
     padding: int
 
 
-def preview(mixture: Mixture, labels: Sequence[str], *, step: int, windows: int) -> list[Example]:
+def preview(
+    mixture: Mixture, labels: Sequence[str], *, step: int, windows: int, stage: str = "train"
+) -> list[Example]:
     """Return the windows of a step, cut into steps of `windows` windows as a run cuts them."""
-    return [_example(mixture, labels, *place) for place in mixture.places(step, windows)]
+    return [_example(mixture, labels, stage, *place) for place in mixture.places(step, windows)]
 
 
-def _example(mixture: Mixture, labels: Sequence[str], source: int, index: int) -> Example:
+def _example(mixture: Mixture, labels: Sequence[str], stage: str, source: int, index: int) -> Example:
     window, starts = mixture.window(source, index), mixture.starts(source, index).tolist()
     length = mixture.sequence_length
     trained = [1] * length if window.trained is None else window.trained.astype(int).tolist()
     return Example(
+        stage=stage,
         source=labels[source],
         window=index,
         token_ids=window.tokens.tolist(),

@@ -36,7 +36,7 @@ class Selector:
     def text(self, record: Any, where: str) -> str:
         """Build the text of one record; `where` begins the message of a DataError."""
         if not isinstance(record, dict):
-            raise DataError(f"{where}: is {_json_type(record)}, not an object with keys")
+            raise DataError(f"{where}: is {json_type(record)}, not an object with keys")
         self.require(record, where)
         return "".join(
             literal + ("" if key is None else self._value(record, key, where)) for literal, key in self.parts
@@ -46,15 +46,15 @@ class Selector:
         """Raise DataError unless every key is among those found."""
         for key in self.keys:
             if key not in found:
-                raise DataError(f"{where}: no field {key!r}; found {_listed(found)}")
+                raise DataError(f"{where}: no field {key!r}; found {listed(found)}")
 
     def _value(self, record: dict[str, Any], key: str, where: str) -> str:
         value = record[key]
         if isinstance(value, str):
-            return _encodable(value, key, where)
+            return encodable(value, key, where)
         if self.template and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
-        raise DataError(f"{where}: field {key!r} is {_json_type(value)}, not text")
+        raise DataError(f"{where}: field {key!r} is {json_type(value)}, not text")
 
 
 def select(text: TextSet) -> Selector:
@@ -82,6 +82,21 @@ def select(text: TextSet) -> Selector:
 
 def read_json_lines(path: Path, selector: Selector) -> Iterator[str]:
     """Read one record a line; empty lines are passed over."""
+    return (selector.text(record, where) for where, record in json_line_records(path))
+
+
+def read_json(path: Path, selector: Selector) -> Iterator[str]:
+    """Read a list of records, a single record, or (as many a .json holds) one record a line."""
+    return (selector.text(record, where) for where, record in json_records(path))
+
+
+def read_parquet(path: Path, selector: Selector) -> Iterator[str]:
+    """Read the columns needed of a Parquet file, some hundred rows at a time."""
+    return (selector.text(record, where) for where, record in parquet_records(path, selector))
+
+
+def json_line_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where each record of a file of JSON lines stands, and the record."""
     offset = 0
     with open_bytes(path) as stream:
         for number, line in enumerate(stream, start=1):
@@ -89,38 +104,39 @@ def read_json_lines(path: Path, selector: Selector) -> Iterator[str]:
             offset += len(line)
             if content.strip():
                 where = f"{path}: line {number}"
-                yield selector.text(_parse(content, where), where)
+                yield where, _parse(content, where)
 
 
-def read_json(path: Path, selector: Selector) -> Iterator[str]:
-    """Read a list of records, a single record, or (as many a .json holds) one record a line."""
+def json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where each record of a JSON file stands, and the record."""
     with open_bytes(path) as stream:
         content = decode(stream.read(), path, 0)
     if _has_record_a_line(content):
-        yield from read_json_lines(path, selector)
+        yield from json_line_records(path)
         return
     if not content.strip():
         return
     value = _parse(content, str(path))
     records = value if isinstance(value, list) else [value]
-    for number, record in enumerate(records, start=1):
-        yield selector.text(record, f"{path}: record {number}")
+    yield from ((f"{path}: record {number}", record) for number, record in enumerate(records, start=1))
 
 
-def read_parquet(path: Path, selector: Selector) -> Iterator[str]:
-    """Read the columns needed of a Parquet file, some hundred rows at a time."""
+def parquet_records(path: Path, selector: Selector | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield where each record of a Parquet file stands, and the columns selected of it; default: all."""
     import pyarrow.parquet
 
     with _arrow_errors(path):
         file = pyarrow.parquet.ParquetFile(path)
     with file:
-        selector.require(file.schema_arrow.names, str(path))
+        if selector:
+            selector.require(file.schema_arrow.names, str(path))
+        columns = list(selector.keys) if selector else None
         number = 0
         with _arrow_errors(path):
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(selector.keys)):
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
-                    yield selector.text(record, f"{path}: record {number}")
+                    yield f"{path}: record {number}", record
 
 
 def read_dataset(dataset: Any, selector: Selector, label: str) -> Iterator[str]:
@@ -182,7 +198,7 @@ def _parse(content: str, where: str) -> Any:
         raise DataError(f"{where}: JSON that cannot be read: {error}") from error
 
 
-def _encodable(value: str, key: str, where: str) -> str:
+def encodable(value: str, key: str, where: str) -> str:
     """Refuse half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
     if not value.isascii():
         try:
@@ -194,7 +210,8 @@ def _encodable(value: str, key: str, where: str) -> str:
     return value
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """Say in words what a JSON value is."""
     if value is None:
         return "null"
     names = {
@@ -208,6 +225,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _listed(found: Collection[str]) -> str:
+def listed(found: Collection[str]) -> str:
+    """List names for a message, the first dozen."""
     names = [str(name) for name in found]
     return (", ".join(names[:12]) + (", …" if len(names) > 12 else "")) or "no keys"

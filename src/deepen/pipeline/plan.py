@@ -100,6 +100,8 @@ def plan_run(recipe: Recipe) -> Outline:
     _check_length(recipe, base, faults)
     if recipe.train.prefix_cache != "none" and layout and 0 in layout.new_indices:
         faults.append("train.prefix_cache: has nothing to keep: a new block stands at the bottom")
+    if recipe.sft is not None:
+        faults.append("sft: cannot be trained on yet, only looked at with `deepen data preview`; remove it")
     for place, text in _texts(recipe):
         if text.path is not None:
             _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]

@@ -1,0 +1,124 @@
+"""Training windows in words and colours."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from deepen.cli.output import human_count
+from deepen.config import Recipe
+from deepen.data.corpus import Corpus
+from deepen.data.preview import Example, preview
+from deepen.pipeline.plan import windows_per_step
+from deepen.pipeline.reporter import Reporter
+from deepen.pipeline.texts import Texts, corpus_cache, prepare_texts
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a preview shows.
+
+    Attributes:
+        examples: the windows of one step.
+        facts: about all there are.
+        conclude: prints the facts in words.
+    """
+
+    examples: list[Example]
+    facts: dict[str, Any]
+    conclude: Callable[[], None]
+
+
+def preview_texts(recipe: Recipe, tokenizer: Any, step: int, reporter: Reporter) -> Shown:
+    """Look at a step of training on texts, counted from 0."""
+    texts = prepare_texts(recipe, tokenizer, corpus_cache(recipe), reporter)
+    labels = [source.label for source in recipe.data.sources]
+    facts = describe_sources(recipe, texts, texts.corpora)
+    examples = preview(texts.mixture, labels, step=step, windows=windows_per_step(recipe))
+    return Shown(examples, facts, lambda: print_packing(facts))
+
+
+def describe_sources(recipe: Recipe, texts: Texts | None, corpora: Sequence[Corpus | None]) -> dict[str, Any]:
+    """Describe the corpora that are ready, how they are packed, and what the checks found."""
+    names = [source.label for source in recipe.data.sources]
+    if texts is None:
+        ready = [corpus is not None for corpus in corpora]
+        return {"sources": [{"name": n, "ready": r} for n, r in zip(names, ready, strict=True)]}
+    epochs, counts = recipe.train.epochs, texts.mixture.packing_counts()
+    columns = zip(names, texts.corpora, texts.mixture.counts, counts, strict=True)
+    sources = [
+        {
+            "name": name,
+            "ready": True,
+            "directory": str(corpus.directory),
+            "digest": corpus.digest,
+            "documents": corpus.documents,
+            "tokens": corpus.tokens,
+            "heldout_documents": corpus.heldout_documents,
+            "windows_per_epoch": windows,
+            "packing": count,
+        }
+        for name, corpus, windows, count in columns
+    ]
+    findings = texts.findings.to_json() if texts.findings else None
+    return {
+        "sources": sources,
+        "packing": recipe.data.packing,
+        "document_masks": recipe.data.document_masks,
+        "windows_per_epoch": texts.mixture.windows_per_epoch,
+        "epochs": epochs,
+        "steps": texts.mixture.steps(epochs, windows_per_step(recipe)) if epochs else None,
+        "findings": findings,
+    }
+
+
+def print_packing(facts: dict[str, Any]) -> None:
+    """Say how each source is packed, and what an epoch is."""
+    for source in facts["sources"]:
+        count = source["packing"]
+        print(
+            f"{source['name']}: {human_count(source['tokens'])} tokens, {source['documents']:,} documents "
+            f"({count.cut / count.documents:.1%} cut), {count.windows:,} windows, "
+            f"{count.padding / count.places:.2%} padding, {count.trained / count.places:.2%} trained"
+        )
+    masks = "document masks" if facts["document_masks"] else "no document masks"
+    asked = f" ({facts['epochs']:g}: {facts['steps']:,} steps)" if facts["steps"] else ""
+    print(f"an epoch is {facts['windows_per_epoch']:,} windows{asked}; packing {facts['packing']}, {masks}")
+
+
+def print_example(example: Example, number: int, tokenizer: Any) -> None:
+    """Print a window: a colour a document, a bar before each, grey or dim what is not trained."""
+    length = len(example.token_ids) - 1
+    text = Text()
+    for begin, end in _spans(example):
+        text.append("▌" if begin in example.starts else "", style="bold white")
+        style = ("cyan", "yellow")[sum(start <= begin for start in example.starts) % 2]
+        if not example.trained[begin]:
+            # Of a text the few ids that are not trained stand out; of a conversation most of them are not.
+            style = "bright_black" if example.stage == "sft" else f"{style} dim underline"
+        text.append(tokenizer.decode(example.token_ids[begin:end]), style=style)
+    if example.padding:
+        text.append(f"▌[padding × {example.padding}]", style="dim")
+    documents = len(example.starts) - (example.padding > 0)
+    noun = "conversation" if example.stage == "sft" else "document"
+    console = Console(highlight=False, soft_wrap=True)
+    counted = f"1 {noun}" if documents == 1 else f"{documents} {noun}s"
+    counted += "" if example.stage == "sft" else " or pieces of one"
+    console.print(
+        f"window {number}: {example.source} {example.window}, {counted}, "
+        f"{sum(example.trained)} of {length} targets trained",
+        style="bold",
+    )
+    console.print(text)
+    console.print()
+
+
+def _spans(example: Example) -> list[tuple[int, int]]:
+    """Cut a window where a document begins and where trained and untrained ids meet; padding is left out."""
+    end = len(example.token_ids) - example.padding
+    changes = [i for i in range(1, end) if example.trained[i] != example.trained[i - 1]]
+    edges = sorted({0, end, *changes, *(start for start in example.starts if start < end)})
+    return list(pairwise(edges))
