@@ -71,6 +71,10 @@ answer = [attempt(read), attempt(fork)]
 """
 
 
+# A bare interpreter that gives back one byte and ends.
+_VICTIM = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read(1))"
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Bait:
     """What lies outside to be reached.
@@ -93,14 +97,13 @@ class _Bait:
 
 @contextmanager
 def _laid_out() -> Iterator[_Bait]:
-    # A bare interpreter that waits for the end of its input.
-    command = [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"]
+    command = [sys.executable, "-I", "-S", "-c", _VICTIM]
     with (
         TemporaryDirectory(prefix="sandbox-bait-") as directory,
         socket.create_server(("127.0.0.1", 0)) as stream,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
         socket.socket(socket.AF_UNIX) as local,
-        subprocess.Popen(command, stdin=subprocess.PIPE) as victim,
+        subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as victim,
     ):
         datagrams.bind(stream.getsockname())
         local.bind(f"{directory}/door")
@@ -108,6 +111,17 @@ def _laid_out() -> Iterator[_Bait]:
         for name in ("secret", "file"):
             Path(directory, name).write_text(secrets.token_hex())
         yield _Bait(doors=(stream, datagrams, local), directory=Path(directory), victim=victim)
+
+
+def _lives(victim: "subprocess.Popen[bytes]") -> bool:
+    """Ask a process for an answer: whether it was killed shows at once, however busy the machine is."""
+    assert victim.stdin is not None
+    assert victim.stdout is not None
+    try:
+        victim.stdin.write(b"?")
+    except BrokenPipeError:
+        return False
+    return victim.stdout.read(1) == b"?"
 
 
 def escapes(layers: Collection[str], running: Running) -> tuple[set[str], Outcome]:
@@ -124,7 +138,7 @@ def escapes(layers: Collection[str], running: Running) -> tuple[set[str], Outcom
             NETWORK: bool(select(bait.doors, (), (), 0)[0]),
             READING: text == Path(paths["secret"]).read_text(),
             WRITING: bait.files != before,
-            SIGNALS: bait.victim.poll() is not None,
+            SIGNALS: not _lives(bait.victim),
             PROCESSES: forked is True,
         }
         return {name for name, succeeded in done.items() if succeeded}, outcome
