@@ -36,6 +36,7 @@ from deepen.records import (
 from deepen.report import (
     WatchServer,
     describe_differences,
+    finding,
     print_table,
     read_run,
     render_table,
@@ -187,7 +188,7 @@ def test_perplexities_and_verdicts_are_the_records(run, page):
             row = next(row for row in page.rows if row[0] == metric.task and len(row) == 6)
             assert row[1:3] == [f"{math.exp(nats):.4g}" for nats in (metric.base_value, metric.value)]
             assert row[3].startswith(f"{math.exp(metric.delta):.3g} (")
-            assert row[5].startswith(metric.verdict)
+            assert row[5].startswith(finding(metric))
             if metric.items_needed:
                 assert f"{metric.items_needed:,} items" in row[5]
 
@@ -708,3 +709,30 @@ def test_read_run_orders_domain_first(run):
     assert report.result == read_record(run / "result.json", RunResult)
     assert len(report.training) == 269
     assert report.evaluations[0].step == 0
+
+
+@pytest.mark.parametrize(
+    ("role", "verdict", "ends", "higher_is_better", "word"),
+    [
+        ("domain", "kept", (-2.6, -1.9), False, "learned"),
+        ("domain", "kept", (0.1, 0.2), True, "learned"),
+        ("domain", "kept", (-0.1, 0.005), False, "kept"),
+        ("general", "kept", (-2.6, -1.9), False, "kept"),
+        ("domain", "lost", (0.1, 0.2), False, "lost"),
+    ],
+)
+def test_a_domain_that_gained_is_called_learned(role, verdict, ends, higher_is_better, word):
+    low, high = ends
+    metric = Metric(
+        task="text",
+        role=role,
+        metric="score",
+        value=1.0,
+        stderr=0.1,
+        n=100,
+        ci_low=low,
+        ci_high=high,
+        higher_is_better=higher_is_better,
+        verdict=verdict,
+    )
+    assert finding(metric) == word

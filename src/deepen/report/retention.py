@@ -82,12 +82,20 @@ def describe_tasks(report: RunReport) -> list[TaskRow]:
 
 
 def finding(metric: Metric) -> str:
-    """Say a verdict in words: `kept`, `lost`, or what it would take to tell."""
+    """Say a verdict in words: `kept`, `learned` of a domain that gained, `lost`, or what it takes to tell."""
     if metric.verdict is None:
         return "not judged"
+    if metric.verdict == "kept" and metric.role == "domain" and _gained(metric):
+        return "learned"
     if metric.verdict != "not enough items" or metric.items_needed is None:
         return metric.verdict
     return f"not enough items: {number(metric.items_needed, 'item')} would likely tell"
+
+
+def _gained(metric: Metric) -> bool:
+    """Whether the whole interval lies on the better side."""
+    ends = (metric.ci_low, metric.ci_high)
+    return all(end is not None and (end > 0 if metric.higher_is_better else end < 0) for end in ends)
 
 
 def p_value(p: float | None) -> str:
