@@ -14,6 +14,7 @@ from deepen.cli import main
 from deepen.errors import EvaluationError
 from deepen.evaluation.suites import parse_task, read_suite, suite_names, task_specs
 from deepen.records import EvaluationRecord, ScoredItem, ScoredTask, TaskRecord, read_record
+from deepen.report import finding
 from deepen.report.wording import change, loss
 
 pytest.importorskip("lm_eval", reason="benchmarks need deepen[eval]")
@@ -462,11 +463,11 @@ def test_a_trained_run_shows_what_was_learned_and_kept(place, trained, capsys):
         shown = [f"{each:.4f}" for each in (metric.base_value, metric.value)]
         shown += [f"{each:+.4f}" for each in (metric.delta, metric.ci_low, metric.ci_high)]
         assert all(each in line for each in shown)
-        assert line.endswith(metric.verdict)
+        assert line.endswith(finding(metric))
         for text in (page, card):
             assert loss(metric.base_value) in text
             assert change(metric.ci_low) in text
-        assert f">{metric.verdict}<" in page
+        assert f">{finding(metric)}<" in page
     assert nats["domain"].verdict == "kept"
     assert "choice" in page
     assert "| choice | general | acc ↑ | 5 |" in card
