@@ -12,7 +12,6 @@ KEY hashes all that decides the content: the bytes of the files, the form they a
 behaviour, the chat template and the length of a window.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepen.data.corpus import Tokens
+from deepen.data.meta import read_meta
 from deepen.errors import DataError
 
 FORMAT_VERSION: Final = 1
@@ -88,7 +88,7 @@ class ConversationCorpus:
     """
 
     def __init__(self, directory: Path) -> None:
-        meta = _read_meta(directory)
+        meta = read_meta(directory / META, FORMAT_VERSION)
         self.directory = directory
         self.digest = str(meta["digest"])
         self.forms = tuple(meta["forms"])
@@ -107,19 +107,6 @@ class ConversationCorpus:
     def learned(self, position: int, count: int) -> npt.NDArray[np.bool_]:
         """Return which of `count` ids from `position` on the assistant says."""
         return np.asarray(self._learned[position : position + count])
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    path = directory / META
-    try:
-        meta = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove the directory to build it anew") from error
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format_version {meta.get('format_version')}; this deepen reads {FORMAT_VERSION}"
-        )
-    return dict(meta)
 
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:

@@ -11,7 +11,6 @@ KEY hashes all that decides the content: the bytes of the files, how documents a
 tokenizer's behaviour and the held-out share. Where the files lie and when they were touched does not matter.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -25,6 +24,7 @@ import pyarrow as pa
 
 from deepen.config import TextSet
 from deepen.data.build import FORMAT_VERSION, HELDOUT, META, Making, Progress, build_corpus, cut_units
+from deepen.data.meta import read_meta
 from deepen.data.pieces import Piece, join_pieces, map_documents, remove_pieces, take
 from deepen.data.sources import OpenSource, open_source
 from deepen.data.tokens import digest_of, end_of_text, token_dtype, tokenizer_digest
@@ -46,7 +46,7 @@ class Corpus:
     """
 
     def __init__(self, directory: Path) -> None:
-        meta = _read_meta(directory)
+        meta = read_meta(directory / META, FORMAT_VERSION)
         self.directory = directory
         self.tokens = int(meta["tokens"])
         self.documents = int(meta["documents"])
@@ -253,19 +253,6 @@ def _make(cache: Path) -> None:
         raise OutputError(
             f"{cache}: cannot hold the cache: {error.strerror}; choose another (data.cache)"
         ) from error
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    path = directory / META
-    try:
-        meta = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove the directory to build it anew") from error
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format_version {meta.get('format_version')}; this deepen reads {FORMAT_VERSION}"
-        )
-    return dict(meta)
 
 
 def _token_chunks(directory: Path) -> Iterator[npt.NDArray[Any]]:

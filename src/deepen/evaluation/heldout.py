@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, EvaluationError, TrainingError
-from deepen.evaluation.memory import lacks_memory
+from deepen.evaluation.memory import collect_memory, lacks_memory
 from deepen.evaluation.windows import (
     batches,
     check_ids,
@@ -120,8 +120,7 @@ def _score_if_it_fits(
             raise
     if len(windows) == 1:
         raise EvaluationError(f"held-out loss: {len(windows[0])} tokens alone do not fit the memory")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    collect_memory()
     return None
 
 

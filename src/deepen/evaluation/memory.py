@@ -14,7 +14,7 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in said for word in _SAID)
 
 
-def free_memory() -> None:
+def collect_memory() -> None:
     """Give back what nothing refers to; to be called outside the error's handler, which holds its tensors."""
     gc.collect()
     if torch.cuda.is_available():

@@ -18,7 +18,7 @@ from deepen.expansion.carry import carried_files
 from deepen.expansion.config_json import reordered_config
 from deepen.expansion.layout import Layout
 from deepen.expansion.manifest import MANIFEST_NAME, Expansion, FileRecord, Files
-from deepen.expansion.plan import Base, Copy, Plan, PlannedFile, PlannedTensor, plan_files
+from deepen.expansion.plan import Base, Plan, PlannedFile, PlannedTensor, held_tensor, plan_files
 from deepen.expansion.stages import base_name, previous_expansion
 from deepen.families import Family
 
@@ -82,16 +82,7 @@ def plan_base(
 
 def held_tensors(expanded: Checkpoint) -> Iterator[PlannedTensor]:
     """Give the tensors of a checkpoint as something to copy."""
-    for tensor in expanded.tensors.values():
-        yield PlannedTensor(
-            name=tensor.name,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            length=tensor.length,
-            source=Copy(tensor.file, tensor.offset),
-            beside=tensor.file.name,
-            block=None,
-        )
+    return map(held_tensor, expanded.tensors.values())
 
 
 def _ways(file: PlannedFile) -> Iterator[WrittenFile]:

@@ -198,7 +198,7 @@ def expanded_tensors(base: Base, layout: Layout) -> tuple[PlannedTensor, ...]:
     planned = []
     for tensor in tensors.values():
         place = family.split(tensor.name)
-        moved = _copied(tensor, layout.position(place[0]), family, place[1]) if place else _outside(tensor)
+        moved = _copied(tensor, layout.position(place[0]), family, place[1]) if place else held_tensor(tensor)
         planned.append(moved)
     names = base.block_tensors
     for block in layout.new_blocks:
@@ -250,7 +250,8 @@ def not_finite_tensors(base: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name, tensor in base.tensors.items() if not_finite(tensor))
 
 
-def _outside(tensor: Tensor) -> PlannedTensor:
+def held_tensor(tensor: Tensor) -> PlannedTensor:
+    """Give a tensor as something to copy, outside all blocks."""
     return PlannedTensor(
         name=tensor.name,
         dtype=tensor.dtype,
@@ -263,7 +264,7 @@ def _outside(tensor: Tensor) -> PlannedTensor:
 
 
 def _copied(tensor: Tensor, block: int, family: Family, rest: str) -> PlannedTensor:
-    return replace(_outside(tensor), name=family.join(block, rest), block=block)
+    return replace(held_tensor(tensor), name=family.join(block, rest), block=block)
 
 
 def _filled(tensor: PlannedTensor, value: float, origin: str) -> PlannedTensor:

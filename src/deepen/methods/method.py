@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepen.checkpoint import Checkpoint
+from deepen.checkpoint import Checkpoint, atomic_directory
 from deepen.expansion import Progress
+from deepen.model import save_tensors
 
 
 class Method(Protocol):
@@ -41,6 +42,14 @@ def widen(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
     return parameters
+
+
+def save_trained(model: PreTrainedModel, target: Path, file: str, base: Checkpoint) -> Path:
+    """Write what trained to `target/file`, by its names in memory; return `target`."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with atomic_directory(target, overwrite=True, inside=(base.directory,)) as staged:
+        save_tensors(staged / file, trained)
+    return target
 
 
 def nearest(wanted: int, unit: int) -> int:

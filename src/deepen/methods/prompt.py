@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepen.checkpoint import Checkpoint, atomic_directory
+from deepen.checkpoint import Checkpoint
 from deepen.config import PromptSection
 from deepen.errors import TrainingError
 from deepen.expansion import Progress
 from deepen.methods.lora import ADAPTER
-from deepen.methods.method import widen
-from deepen.model import save_tensors
+from deepen.methods.method import save_trained, widen
 from deepen.model.structure import blocks_of, family_of
 
 
@@ -60,11 +59,7 @@ class Prompt:
 
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write `adapter/`: the prompts and gates, by their names in memory."""
-        target = run / ADAPTER
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        with atomic_directory(target, overwrite=True, inside=(base.directory,)) as staged:
-            save_tensors(staged / "prompt.safetensors", trained)
-        return target
+        return save_trained(model, run / ADAPTER, "prompt.safetensors", base)
 
     def merge(
         self, model: PreTrainedModel, run: Path, base: Checkpoint, progress: Progress | None

@@ -7,11 +7,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from deepen.checkpoint import Checkpoint, atomic_directory
+from deepen.checkpoint import Checkpoint
 from deepen.expansion import Progress
 from deepen.methods.lora import ADAPTER
-from deepen.methods.method import widen
-from deepen.model import save_tensors
+from deepen.methods.method import save_trained, widen
 
 
 class Scale:
@@ -41,11 +40,7 @@ class Scale:
 
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write `adapter/`: what trained, by its name in memory."""
-        target = run / ADAPTER
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        with atomic_directory(target, overwrite=True, inside=(base.directory,)) as staged:
-            save_tensors(staged / "scale.safetensors", trained)
-        return target
+        return save_trained(model, run / ADAPTER, "scale.safetensors", base)
 
     def merge(
         self, model: PreTrainedModel, run: Path, base: Checkpoint, progress: Progress | None

@@ -1,6 +1,5 @@
 """What it cost to hold the base quantised in training, measured beside the base in full precision."""
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from deepen.config import TrainSection
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import CheckFailed
+from deepen.evaluation.memory import collect_memory
 from deepen.evaluation.record import nats_per_token
 from deepen.expansion import count_parameters
 from deepen.model import check_quantisation, packed_fingerprint, packed_layers
@@ -109,9 +109,7 @@ def _give_up(trainee: Trainee) -> None:
     """Empty the model: whoever still refers to it holds no weights."""
     forget_state(trainee.model)
     trainee.model._modules.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    collect_memory()
 
 
 def _roomy(plan: RunPlan, place: Place) -> Place | None:

@@ -1,6 +1,5 @@
 """Benchmark tasks on a model and its base: task by task, each kept as soon as it is finished."""
 
-import gc
 import json
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from deepen.checkpoint import write_file
 from deepen.errors import DataError, EvaluationError
+from deepen.evaluation.memory import collect_memory
 from deepen.evaluation.suites.bridge import LiveModel
 from deepen.evaluation.suites.comparing import compare_tasks
 from deepen.evaluation.suites.library import LoadedTask, TaskLibrary, quiet_harness
@@ -149,9 +149,7 @@ class TaskEvaluation:
         if self._live is None:
             return
         self._live = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        collect_memory()
 
     def _score(self, loaded: LoadedTask, live: LiveModel, detail: str) -> ScoredTask:
         begun = time.monotonic()

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from deepen.errors import EvaluationError
 from deepen.evaluation.chat.messages import Message, digest_of
-from deepen.evaluation.memory import free_memory, lacks_memory
+from deepen.evaluation.memory import collect_memory, lacks_memory
 from deepen.model import bypass
 
 _UNSAMPLED: Final = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -96,7 +96,7 @@ class LiveChat:
                 raise
             if len(prompts) == 1:
                 raise EvaluationError("one conversation alone does not fit the memory") from None
-        free_memory()
+        collect_memory()
         self._batch_size = half = len(prompts) // 2
         return [*self._halving(prompts[:half], room, stop), *self._halving(prompts[half:], room, stop)]
 

@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from deepen.errors import EvaluationError
-from deepen.evaluation.memory import free_memory, lacks_memory
+from deepen.evaluation.memory import collect_memory, lacks_memory
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -103,7 +103,7 @@ class LiveModel(HFLM):  # type: ignore[misc]
             # Outside the handler: the traceback would hold on to the tensors that filled the memory.
             self._most = self.batch_size_per_gpu = self.batch_size_per_gpu // 2
             self._done, self.cut = done, cut
-            free_memory()
+            collect_memory()
 
     def _begin(self, total: int) -> None:
         self._done, self._total = 0, total
