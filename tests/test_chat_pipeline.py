@@ -3,12 +3,10 @@
 import json
 
 import pytest
-import torch
 from judge_stub import completion, serving
-from tiny_run import write_base
+from tiny_run import write_base, write_trained_pack
 from transformers import AutoTokenizer
 
-import deepen
 from deepen.errors import EvaluationError
 from deepen.evaluation.chat import Endpoint, Judge
 from deepen.evaluation.sandbox import try_layers
@@ -26,15 +24,7 @@ def place(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(root / "base")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(root / "base")
-    model = deepen.load(root / "base")
-    deepen.insert_blocks(model, deepen.plan_layout(3, blocks=2))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in deepen.model.new_parameters(model).values():
-            parameter.add_(torch.randn_like(parameter) * 0.5)
-    deepen.save_blocks(model, root / "pack")
+    write_trained_pack(root / "base", root / "pack")
     questions = [{"question_id": at, "turns": [f"block {at}", "gate"]} for at in range(3)]
     (root / "quiz.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
     (root / "sums.jsonl").write_text(json.dumps({"task_id": 1, "prompt": "6 * 7?", "answer": 42}) + "\n")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from suite_tasks import ROWS, write_own_tasks
-from tiny_run import write_base, write_recipe
+from tiny_run import write_base, write_recipe, write_trained_pack
 
 import deepen
 from deepen.cli import main
@@ -29,15 +29,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("suites")
     write_base(root / "base")
     write_own_tasks(root / "tasks")
-    model = deepen.load(root / "base")
-    deepen.insert_blocks(model, deepen.plan_layout(3, blocks=2))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in deepen.model.new_parameters(model).values():
-            parameter.add_(torch.randn_like(parameter) * 0.5)
-    deepen.save_blocks(model, root / "pack")
+    write_trained_pack(root / "base", root / "pack")
     # Every model that is let go is collected, which takes long among all that torch and the harness hold.
     gc.freeze()
     yield root

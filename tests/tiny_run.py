@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import torch
 import yaml
 from conftest import write_tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+import deepen
 
 WORDS = ["block", "gate", "norm", "head", "token", "layer", "write", "stream", "base", "copy"]
 
@@ -81,3 +84,16 @@ def write_recipe(root: Path, **changes) -> Path:
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def write_trained_pack(base, pack):
+    """Write a pack of two new blocks on a base of three that are not the identity."""
+    model = deepen.load(base)
+    deepen.insert_blocks(model, deepen.plan_layout(3, blocks=2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in deepen.model.new_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    deepen.save_blocks(model, pack)
