@@ -25,6 +25,26 @@ def data_dir() -> Path:
 
 
 @pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What was asked of the hub: nothing leaves the machine."""
+    import huggingface_hub
+
+    calls: list[tuple[Any, ...]] = []
+
+    def create(self: Any, repo_id: str, **options: Any) -> str:
+        calls.append(("create", self.token, repo_id, options))
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload(self: Any, *, repo_id: str, folder_path: str, **options: Any) -> None:
+        held = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        calls.append(("upload", self.token, repo_id, held))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    return calls
+
+
+@pytest.fixture
 def tiny_llama(tmp_path: Path) -> LlamaFactory:
     """Write a tiny real LlamaForCausalLM with every weight perturbed; return its directory.
 

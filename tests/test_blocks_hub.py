@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -44,24 +43,6 @@ def cached(made, tmp_path, monkeypatch):
         monkeypatch.setattr(place, str(tmp_path / "hub"), raising=False)
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return base
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """What was asked of the hub."""
-    calls = []
-
-    def create(self, repo_id, **options):
-        calls.append(("create", self.token, repo_id, options))
-        return f"https://huggingface.co/{repo_id}"
-
-    def upload(self, *, repo_id, folder_path, **options):
-        held = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-        calls.append(("upload", self.token, repo_id, held))
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
-    return calls
 
 
 def test_every_place_takes_a_hub_id(cached, tmp_path, capsys):

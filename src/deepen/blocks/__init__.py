@@ -6,7 +6,7 @@ Read in this order: `pack` (what it is and whether it fits), `merge` (into a che
 
 from deepen.blocks.adopt import AdoptResult, adopt
 from deepen.blocks.extract import ExtractResult, extract_pack
-from deepen.blocks.hub import push_pack, resolve_pack
+from deepen.blocks.hub import pack_files, push_pack, resolve_pack
 from deepen.blocks.inspect import BlockNorms, BlocksSummary, Norm, Stage, inspect_blocks
 from deepen.blocks.merge import merge_pack, stack_packs
 from deepen.blocks.pack import BLOCKS_NAME, Fit, Pack, check_pack, fit_pack, open_pack
@@ -30,6 +30,7 @@ __all__ = [
     "inspect_blocks",
     "merge_pack",
     "open_pack",
+    "pack_files",
     "push_pack",
     "resolve_pack",
     "stack_packs",

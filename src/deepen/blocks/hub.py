@@ -1,11 +1,10 @@
 """A pack on the Hugging Face hub, named by an id like an adapter: fetched, and pushed with a model card."""
 
 import os
-import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from deepen.checkpoint import is_repository, push_files
 from deepen.errors import OutputError, PackError
 
 if TYPE_CHECKING:
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
 CARD_NAME: Final = "README.md"
 # The two files of a pack, and what is said about it: nothing that could run code.
 _WANTED: Final = ("blocks.safetensors", "expansion.json", CARD_NAME, "LICENSE*")
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_pack(pack: str | Path) -> Path:
@@ -39,7 +37,7 @@ def resolve_pack(pack: str | Path) -> Path:
 
 def is_hub_id(pack: str | Path) -> bool:
     """Return whether a pack is named by a hub id: nothing of that name is on this disk."""
-    return isinstance(pack, str) and bool(_HUB_ID.fullmatch(pack)) and not os.path.lexists(pack)
+    return isinstance(pack, str) and is_repository(pack) and not os.path.lexists(pack)
 
 
 def push_pack(directory: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -58,35 +56,21 @@ def push_pack(directory: str | Path, repo_id: str, *, private: bool = False, tok
         PackError: it is no pack, or its tensors are not those of its new blocks.
         OutputError: the hub does not take it.
     """
-    from huggingface_hub import HfApi
-
     from deepen.blocks.pack import open_pack
 
-    if not _HUB_ID.fullmatch(repo_id):
+    if not is_repository(repo_id):
         raise OutputError(f"{repo_id or '(nothing)'}: is not a hub id; write for example someone/law-blocks")
     pack = open_pack(Path(directory))
     pack.check_names()
-    with tempfile.TemporaryDirectory() as staged:
-        _stage(pack, Path(staged), repo_id)
-        try:
-            api = HfApi(token=token)
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo_id, folder_path=staged, commit_message=f"Blocks for {pack.expansion.base}"
-            )
-        except Exception as error:  # the hub's client lets through whatever its network stack raises
-            raise OutputError(
-                f"{repo_id}: the hub does not take it ({_said(error)}).\n"
-                "Check the name, and log in with `hf auth login` or give a token with the right to write"
-            ) from None
-    return str(url)
+    message = f"Blocks for {pack.expansion.base}"
+    return push_files(pack_files(pack, repo_id), repo_id, message=message, private=private, token=token)
 
 
 def write_card(pack: "Pack", repo_id: str) -> str:
     """Return a short model card: what it is, of which base, how to use it from where it is pushed to."""
     expansion = pack.expansion
     # A path may have the form of a hub id.
-    known = _HUB_ID.fullmatch(expansion.base) and not os.path.exists(expansion.base)
+    known = is_repository(expansion.base) and not os.path.exists(expansion.base)
     base = expansion.base if known else None
     front = ["library_name: deepen", "tags:", "- deepen", "- block-expansion", "- llama-pro"]
     if base:
@@ -123,13 +107,14 @@ def write_card(pack: "Pack", repo_id: str) -> str:
     )
 
 
-def _stage(pack: "Pack", staged: Path, repo_id: str) -> None:
-    """Put links to the pack's files, and its card, into a directory of their own."""
-    for path in pack.directory.iterdir():
-        if any(path.match(pattern) for pattern in _WANTED) and path.is_file():
-            (staged / path.name).symlink_to(path.resolve())
-    if not (staged / CARD_NAME).exists():
-        (staged / CARD_NAME).write_text(write_card(pack, repo_id), "utf-8")
+def pack_files(pack: "Pack", repo_id: str) -> dict[str, Path | str]:
+    """Return what of a pack's directory is pushed, with a card if it has none of its own."""
+    files: dict[str, Path | str] = {
+        path.name: path
+        for path in sorted(pack.directory.iterdir())
+        if any(path.match(pattern) for pattern in _WANTED) and path.is_file()
+    }
+    return {CARD_NAME: write_card(pack, repo_id)} | files
 
 
 def _download(name: str) -> Path:

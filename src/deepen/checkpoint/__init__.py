@@ -3,7 +3,7 @@
 No model knowledge, no torch.
 """
 
-from deepen.checkpoint.atomic import atomic_directory, check_apart, check_free, write_file
+from deepen.checkpoint.atomic import atomic_directory, atomic_file, check_apart, check_free, write_file
 from deepen.checkpoint.fingerprint import (
     CHUNK,
     combine_digests,
@@ -23,7 +23,7 @@ from deepen.checkpoint.header import (
     read_shard,
     write_header,
 )
-from deepen.checkpoint.hub import resolve_base
+from deepen.checkpoint.hub import is_repository, push_files, resolve_base
 from deepen.checkpoint.store import CONFIG, INDEX, SINGLE, Checkpoint, contained, read_config
 from deepen.checkpoint.values import decode, max_abs_difference, not_finite
 
@@ -37,6 +37,7 @@ __all__ = [
     "Shard",
     "Tensor",
     "atomic_directory",
+    "atomic_file",
     "byte_count",
     "check_apart",
     "check_free",
@@ -45,9 +46,11 @@ __all__ = [
     "decode",
     "fast_fingerprint",
     "full_fingerprint",
+    "is_repository",
     "max_abs_difference",
     "not_finite",
     "parse_json",
+    "push_files",
     "read_config",
     "read_json",
     "read_shard",

@@ -68,13 +68,24 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
+    with atomic_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give an empty file to write into; it becomes `path` when the block ends without an exception.
+
+    After a crash `path` holds its old content or the new one, synced, with the umask's mode.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     path = Path(os.path.realpath(path))
-    data = content.encode() if isinstance(content, str) else content
     try:
         with _locked_partial(path, directory=False) as (partial, descriptor):
             try:
-                with open(descriptor, "wb", closefd=False) as file:
-                    file.write(data)
+                yield partial
                 os.fsync(descriptor)
                 partial.rename(path)
             finally:

@@ -1,15 +1,18 @@
-"""A base named by a directory or by a hub id."""
+"""The Hugging Face hub: a base named by an id, and files pushed to a repository."""
 
 import os
 import re
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from deepen.errors import CheckpointError
+from deepen.errors import CheckpointError, OutputError
 
 # Only files that cannot run code, and only the model's own folder.
 _WANTED: Final = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_base(base: str | Path) -> Path:
@@ -43,3 +46,54 @@ def _download(name: str) -> Path:
             f"{name}: no such directory, and not from the hub ({type(error).__name__}: {reason[:100]}…).\n"
             "Check the spelling, log in for gated models, or download it elsewhere and give its directory"
         ) from None
+
+
+def is_repository(name: str) -> bool:
+    """Return whether a name has the form of a repository on the hub, `someone/something`."""
+    return bool(_REPOSITORY.fullmatch(name))
+
+
+def push_files(
+    files: Mapping[str, Path | str],
+    repo_id: str,
+    *,
+    message: str,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Push files to a repository of the hub in one commit; it is created if it is not there.
+
+    Args:
+        files: name in the repository -> a file, or text.
+        repo_id: where to: `someone/law-blocks`.
+        message: of the commit.
+        private: create it as a private one.
+        token: the hub's; default: that of `hf auth login`.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        OutputError: it has no such name, or the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    if not is_repository(repo_id):
+        raise OutputError(f"{repo_id or '(nothing)'}: is not a hub id; write for example someone/law-blocks")
+    with tempfile.TemporaryDirectory() as staged:
+        for name, content in files.items():
+            if isinstance(content, Path):
+                (Path(staged) / name).symlink_to(content.resolve())
+            else:
+                (Path(staged) / name).write_text(content, "utf-8")
+        try:
+            api = HfApi(token=token)
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=staged, commit_message=message)
+        except Exception as error:  # as above
+            raise OutputError(
+                f"{repo_id}: the hub does not take it ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:100]}…).\n"
+                "Check the name, and log in with `hf auth login` or give a token with the right to write"
+            ) from None
+    return str(url)

@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "evaluate": "deepen.cli.evaluate",
     "compare": "deepen.cli.compare",
     "report": "deepen.cli.report",
+    "export": "deepen.cli.export",
     "demo": "deepen.cli.demo",
 }
 

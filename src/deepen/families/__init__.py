@@ -1,13 +1,22 @@
 """Model knowledge as data: one TOML file a family, and the checks that hold a checkpoint to it."""
 
 from deepen.families.check import check_tensors
-from deepen.families.family import Alternative, Family, family_for, load_families, load_refusals, load_towers
+from deepen.families.family import (
+    Alternative,
+    Family,
+    Gguf,
+    family_for,
+    load_families,
+    load_refusals,
+    load_towers,
+)
 from deepen.families.names import generic
 from deepen.families.quantised import check_quantised, renumbered_modules
 
 __all__ = [
     "Alternative",
     "Family",
+    "Gguf",
     "check_quantised",
     "check_tensors",
     "family_for",

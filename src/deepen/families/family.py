@@ -41,6 +41,22 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gguf:
+    """How llama.cpp runs a family, where deepen writes its GGUF files itself.
+
+    Attributes:
+        architecture: llama.cpp's name of it.
+        model_types: the family's model types that are exactly this architecture.
+        paired: block tensor -> config key with its number of heads. transformers rotates a head's two
+            halves against each other, llama.cpp here neighbouring rows, so these rows change places.
+    """
+
+    architecture: str
+    model_types: frozenset[str]
+    paired: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What must be known of a model family to expand it exactly.
 
@@ -71,6 +87,7 @@ class Family:
         tied_by_default: whether they are tied where the config does not say.
         section_ties: the same of the config in `section`; None where that has no say.
         refusals: config values with which it cannot be expanded.
+        gguf: how its GGUF files are written; None where only llama.cpp's own converter can.
     """
 
     name: str
@@ -93,6 +110,7 @@ class Family:
     tied_by_default: bool
     section_ties: bool | None = None
     refusals: tuple[Refusal, ...]
+    gguf: Gguf | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -185,6 +203,7 @@ def _parse(text: str) -> Family:
         tied=raw.get("tied", {}),
         tied_by_default=raw["tied_by_default"],
         refusals=tuple(Refusal(**refusal) for refusal in raw.get("refuse", ())),
+        gguf=_gguf(raw["gguf"]) if "gguf" in raw else None,
     )
 
 
@@ -193,6 +212,15 @@ def _alternative(raw: Mapping[str, Any]) -> Alternative:
         part=raw["part"],
         required=spell_out(raw.get("required", ())),
         optional=spell_out(raw.get("optional", ())),
+    )
+
+
+def _gguf(raw: Mapping[str, Any]) -> Gguf:
+    paired = raw.get("paired", {})
+    return Gguf(
+        architecture=raw["architecture"],
+        model_types=frozenset(raw["model_types"]),
+        paired={name: key for pattern, key in paired.items() for name in spell_out([pattern])},
     )
 
 

@@ -147,6 +147,19 @@ class PerLayer:
         numbers, leading = (rule.key for rule in self.numbers), (rule.key for rule in self.leading)
         return (*(rule.key for rule in self.lists), *numbers, *leading)
 
+    def off_index(self, config: Mapping[str, Any], depth: int) -> tuple[str, ...]:
+        """Return the lists of a config that say of some block other than its number would.
+
+        They cannot be left out: a reader that works the kinds out from the numbers would be wrong.
+        """
+        known = {key: value for key, value in config.items() if key not in self.keys}
+        found = []
+        for rule in self.lists:
+            known[rule.key] = rule.derive(known, depth)
+            if isinstance(stands := config.get(rule.key), list) and stands != known[rule.key]:
+                found.append(rule.key)
+        return tuple(found)
+
     def reorder(self, config: Mapping[str, Any], depth: int, origins: Sequence[int]) -> dict[str, Any]:
         """Return the values that change when block j of a new model is block `origins[j]` of this one.
 
