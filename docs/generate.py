@@ -360,8 +360,8 @@ What deepen knows of a model family is one small file; there is no code per fami
 A *residual write* is a parameter whose value below makes a sub-layer add nothing to the residual stream. New
 blocks are copies of base blocks with exactly these filled (see [Concepts](concepts.md)); `*` is a number.
 Where the config says what kind each block is, or transformers derives it from the block's number, expansion
-writes it out: every base block keeps its kind, and a new block has that of the block it copies. *GGUF*: llama.cpp's name of the architecture, where deepen writes such files itself, see
-[Export](export.md).
+writes it out: every base block keeps its kind, and a new block has that of the block it copies.
+*GGUF* is llama.cpp's name of the architecture where deepen writes such files itself, see [Export](export.md).
 
 """
 

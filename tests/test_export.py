@@ -79,7 +79,7 @@ def test_serving(expanded, capsys):
     [
         ({"auto_map": {"AutoModel": "code.Model"}}, "asks servers to run code"),
         ({"architectures": None}, "names no architectures"),
-        ({"num_hidden_layers": 7}, r"model\.layers\.7"),
+        ({"num_hidden_layers": 7}, "says num_hidden_layers 7"),
     ],
     ids=["code", "architectures", "depth"],
 )

@@ -51,8 +51,6 @@ def plan_upload(target: str | Path, repo_id: str) -> Upload:
     Raises:
         DeepenError: there is no such model, it is malformed, or `repo_id` is no hub id.
     """
-    if not is_repository(repo_id):
-        raise OutputError(f"{repo_id or '(nothing)'}: is not a hub id; write for example someone/llama-law")
     place = model_place(Path(target))
     files = _files(place, repo_id)
     sizes = {name: f.stat().st_size if isinstance(f, Path) else len(f) for name, f in sorted(files.items())}
@@ -84,8 +82,10 @@ def _files(directory: Path, repo_id: str) -> dict[str, Path | str]:
     """Return what of a pack or checkpoint is pushed, with a card if it has none of its own.
 
     Raises:
-        DeepenError: it is no whole checkpoint or pack.
+        DeepenError: it is no whole checkpoint or pack, or `repo_id` is no hub id.
     """
+    if not is_repository(repo_id):
+        raise OutputError(f"{repo_id or '(nothing)'}: is not a hub id; write for example someone/llama-law")
     if (directory / BLOCKS_NAME).is_file():
         pack = open_pack(directory)
         pack.check_names()
