@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "import": "deepen.cli.import_model",
     "data": "deepen.cli.data",
     "run": "deepen.cli.run",
+    "inspect": "deepen.cli.inspect_model",
     "evaluate": "deepen.cli.evaluate",
     "compare": "deepen.cli.compare",
     "report": "deepen.cli.report",

@@ -21,8 +21,12 @@ class ExpandSection(Section):
     blocks: Count | None = None
     """Number of new blocks."""
 
-    placement: Literal["interleaved", "suffix", "prefix"] = "interleaved"
-    """`interleaved` (the paper), `suffix` (all at the top) or `prefix` (all at the bottom)."""
+    placement: Literal["interleaved", "suffix", "prefix", "importance"] = "interleaved"
+    """`interleaved` (the paper), `suffix` (all at the top), `prefix` (all at the bottom), or `importance`: on
+    the base blocks that general ability needs least, as `deepen inspect` has measured."""
+
+    importance: str | None = None
+    """The record that `deepen inspect BASE --out FILE` wrote, for `importance`."""
 
     groups: Count | None = None
     """Number of groups for `interleaved`; default: one new block a group."""
@@ -34,6 +38,13 @@ class ExpandSection(Section):
     def _some(self) -> Self:
         if self.blocks is None and self.after is None:
             raise ValueError("give blocks or after")
+        if (self.placement == "importance") != (self.importance is not None):
+            raise ValueError(
+                "placement importance needs a record, importance: FILE, and nothing else does; "
+                "write one with deepen inspect BASE --out FILE"
+            )
+        if self.placement == "importance" and self.blocks is None:
+            raise ValueError("placement importance chooses what new blocks stand on: give blocks, not after")
         return self
 
 

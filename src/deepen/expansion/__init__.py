@@ -25,7 +25,7 @@ from deepen.expansion.expand import (
     prepare_expansion,
     write_checkpoint,
 )
-from deepen.expansion.layout import Layout, NewBlock, Placement, plan_layout
+from deepen.expansion.layout import Layout, NewBlock, Placement, least_important, plan_layout
 from deepen.expansion.manifest import (
     MANIFEST_NAME,
     EarlierStage,
@@ -94,6 +94,7 @@ __all__ = [
     "file_digest",
     "file_header",
     "held_tensors",
+    "least_important",
     "moved_block",
     "open_base",
     "plan_base",

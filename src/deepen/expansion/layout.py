@@ -132,6 +132,20 @@ def plan_layout(
     return _layout(base_blocks, _grouped(base_blocks, blocks, groups))
 
 
+def least_important(scores: Sequence[float], blocks: int) -> list[int]:
+    """Return the base blocks that new ones stand on: those of lowest score, each once before any twice.
+
+    Args:
+        scores: how much each base block matters to what must be kept.
+        blocks: number of new blocks.
+
+    Returns:
+        For `plan_layout(after=…)`, ascending.
+    """
+    order = sorted(range(len(scores)), key=lambda block: (scores[block], block))
+    return sorted(order[index % len(order)] for index in range(blocks))
+
+
 def _explicit(base_blocks: int, after: Sequence[int]) -> list[tuple[int, int]]:
     if not after:
         raise LayoutError("after is empty: at least 1 new block is needed")

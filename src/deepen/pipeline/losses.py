@@ -16,7 +16,7 @@ from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import text_metrics, text_results
 from deepen.model import bypass
 from deepen.pipeline.reporter import Reporter
-from deepen.pipeline.subject import Side, Subject, subject_digest
+from deepen.pipeline.subject import Subject, subject_digest
 from deepen.pipeline.texts import default_cache, load_tokenizer
 from deepen.records import EvaluationRecord, Metric, Role, TextResult, capture_provenance, read_record
 
@@ -39,7 +39,7 @@ def score_subject(
     """
     if not texts:
         return []
-    wanted = _load_texts(subject.model, texts)
+    wanted = load_text_sets(subject.model.tokenizer, texts)
     identity = subject_digest(subject)
     held = _held(record, identity)
     missing = [text for text in wanted if not _is_held(text, held)]
@@ -95,12 +95,25 @@ def _score(
         return text_results(texts, nll, evaluate_texts(model, texts, progress=reporter.progress))
 
 
-def _load_texts(side: Side, texts: Sequence[tuple[Role, TextSet]]) -> list[EvaluationText]:
+def load_text_sets(
+    directory: Path, texts: Sequence[tuple[Role, TextSet]], max_tokens: int | None = None
+) -> list[EvaluationText]:
+    """Read texts that no recipe names, in windows as long as the model has positions, up to 2,048 tokens.
+
+    Args:
+        directory: of the checkpoint whose tokenizer cuts them.
+        texts: each with what it stands for.
+        max_tokens: tokens read of each; default: a recipe's.
+
+    Raises:
+        DataError: one cannot be read, or two have one name.
+        CheckpointError: there is no tokenizer.
+    """
     names = [text.label for _, text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"evaluate: more than one text is called {', '.join(twice)}; rename a file")
-    tokenizer = load_tokenizer(side.tokenizer)
-    config = AutoConfig.from_pretrained(side.tokenizer, trust_remote_code=False, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST_WINDOW
     return [
         load_evaluation_text(
@@ -109,7 +122,7 @@ def _load_texts(side: Side, texts: Sequence[tuple[Role, TextSet]]) -> list[Evalu
             task=text.label,
             role=role,
             sequence_length=min(longest, _LONGEST_WINDOW),
-            max_tokens=EvaluateSection().max_tokens,
+            max_tokens=max_tokens or EvaluateSection().max_tokens,
         )
         for role, text in texts
     ]

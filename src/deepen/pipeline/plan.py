@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from deepen.checkpoint import fast_fingerprint, resolve_base
-from deepen.config import EvaluateSection, Recipe, TextSet
+from deepen.config import EvaluateSection, ExpandSection, Recipe, TextSet
 from deepen.data.files import find_files
-from deepen.errors import DeepenError, RecipeError
+from deepen.errors import DataError, DeepenError, RecipeError
 from deepen.evaluation.suites import task_specs
-from deepen.expansion import Base, Layout, count_parameters, open_base, plan_layout
+from deepen.expansion import Base, Layout, count_parameters, least_important, open_base, plan_layout
 from deepen.families import Family
-from deepen.records import Parameters
+from deepen.records import ImportanceRecord, Parameters, read_record
 
 if TYPE_CHECKING:
     from deepen.data.batches import Mixture
@@ -96,7 +96,8 @@ def plan_run(recipe: Recipe) -> Outline:
     """
     base = open_base(resolve_base(recipe.base))
     faults: list[str] = []
-    layout = _layout(recipe, base.depth, faults)
+    fingerprint = fast_fingerprint(base.checkpoint)
+    layout = _layout(recipe, base.depth, fingerprint, faults)
     _check_length(recipe, base, faults)
     if recipe.train.prefix_cache != "none" and layout and 0 in layout.new_indices:
         faults.append("train.prefix_cache: has nothing to keep: a new block stands at the bottom")
@@ -115,7 +116,7 @@ def plan_run(recipe: Recipe) -> Outline:
     return Outline(
         recipe=recipe,
         base=base,
-        fingerprint=fast_fingerprint(base.checkpoint),
+        fingerprint=fingerprint,
         layout=layout,
         parameters=_count(recipe, base, layout),
         windows=windows,
@@ -147,16 +148,37 @@ def _tenth(steps: int) -> int:
     return max(1, steps // 10)
 
 
-def _layout(recipe: Recipe, depth: int, faults: list[str]) -> Layout | None:
+def _layout(recipe: Recipe, depth: int, fingerprint: str, faults: list[str]) -> Layout | None:
     if (expand := recipe.expand) is None:
         return None
-    return _collect(
-        faults,
-        "expand",
-        lambda: plan_layout(
+    return _collect(faults, "expand", lambda: place_blocks(expand, depth, fingerprint))
+
+
+def place_blocks(expand: ExpandSection, depth: int, fingerprint: str) -> Layout:
+    """Decide where a recipe's new blocks go.
+
+    Args:
+        expand: what was asked.
+        depth: blocks of the base.
+        fingerprint: the base's, fast.
+
+    Raises:
+        LayoutError: they cannot be placed so.
+        DataError: the record of importance cannot be read, or is of another base.
+    """
+    if expand.placement != "importance":
+        return plan_layout(
             depth, blocks=expand.blocks, placement=expand.placement, groups=expand.groups, after=expand.after
-        ),
-    )
+        )
+    assert expand.importance is not None  # the recipe has both
+    assert expand.blocks is not None
+    record = read_record(Path(expand.importance), ImportanceRecord)
+    if record.fingerprint != fingerprint:
+        raise DataError(
+            f"{expand.importance}: was measured on {record.model} with fingerprint "
+            f"{record.fingerprint[:16]}…,\nnot on this base, with {fingerprint[:16]}…"
+        )
+    return plan_layout(depth, after=least_important(record.scores, expand.blocks))
 
 
 def _check_length(recipe: Recipe, base: Base, faults: list[str]) -> None:

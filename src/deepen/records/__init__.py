@@ -2,6 +2,7 @@
 
 from deepen.records.comparison import Cell, Column, Comparison, Difference, Row
 from deepen.records.findings import FindingsRecord
+from deepen.records.importance import BlockImportance, ImportanceRecord
 from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, read_metrics
 from deepen.records.provenance import Provenance, capture_provenance
 from deepen.records.results import (
@@ -24,6 +25,7 @@ from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [
     "AuditResult",
+    "BlockImportance",
     "BlockPoint",
     "Cell",
     "Column",
@@ -33,6 +35,7 @@ __all__ = [
     "EvaluationRecord",
     "FindingsRecord",
     "IdentityResult",
+    "ImportanceRecord",
     "Items",
     "Metric",
     "Parameters",
