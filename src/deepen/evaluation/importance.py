@@ -124,7 +124,7 @@ def gradient_importance(model: Any, blocks: Sequence[nn.Module], windows: Window
                 logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
                 targets = tokens[:, 1:].masked_fill(~mask[:, 1:], _IGNORED)
                 nats = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-                (nats / predicted).backward()
+                torch.autograd.backward(nats / predicted)
         return np.asarray([sum(_moved(parameter) for parameter in block.parameters()) for block in blocks])
     finally:
         for parameter, trains in before:
