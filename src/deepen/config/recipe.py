@@ -104,7 +104,7 @@ class Recipe(Section):
     """New blocks; required by method `blocks`, not allowed with `full`."""
 
     pack: str | None = None
-    """For tuning alone: a block pack of the base, a directory or a hub id, whose blocks are put on it first."""
+    """For tuning alone: a block pack of the base, a directory or a hub id, that is put on it first."""
 
     data: DataSection | None
     """Required by `train`. For tuning alone its held-out documents are evaluated."""
