@@ -46,7 +46,9 @@ def evaluate_texts(
         TrainingError: as `score_windows`.
     """
     windows = [window for text in texts for window in text.windows]
-    counted = [flags for text in texts for flags in text.counted or [None] * len(text.windows)]
+    counted: list[Flags | None] = []
+    for text in texts:
+        counted += text.counted or [None] * len(text.windows)
     tasks = [text.task for text in texts]
     if twice := {task for task in tasks if tasks.count(task) > 1}:
         raise DataError(f"evaluate: more than one text is called {', '.join(sorted(twice))}; give them names")

@@ -71,17 +71,12 @@ def prepare_material(outline: Outline, world: World, reporter: Reporter) -> Mate
     held = talk.heldout(tokenizer, recipe.evaluate.max_tokens) if talk else []
     length = recipe.data.sequence_length if recipe.data else outline.length
     scored = world.first_then_rest(lambda: load_evaluation(recipe, tokenizer, cache, corpora, length))
-    if outline.name == "train":
-        assert texts is not None
-        chosen: Texts | Conversations = texts
-    else:
-        assert talk is not None
-        chosen = talk
-    digests = {label: each.digest for label, each in zip(outline.labels, chosen.corpora, strict=True)}
+    chosen = texts if outline.name == "train" else talk
+    assert chosen is not None  # the stage is named for a section of the recipe
     return Material(
         mixture=chosen.mixture,
         texts=scored + held,
-        digests=digests,
+        digests=dict(zip(outline.labels, (each.digest for each in chosen.corpora), strict=True)),
         template=talk.template if talk and outline.name == "sft" else None,
         findings=texts.findings if texts else None,
     )

@@ -1,7 +1,7 @@
 """Everything that can be decided, or be wrong, before a run costs anything."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -176,7 +176,7 @@ def _stage(recipe: Recipe, base: Base) -> Stage:
     )
 
 
-def window_length(section: SftSection, config: dict[str, Any]) -> int:
+def window_length(section: SftSection, config: Mapping[str, Any]) -> int:
     """Return the tokens of a window of conversations: as asked, or the paper's as far as the base goes.
 
     Args:

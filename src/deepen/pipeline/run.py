@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deepen.blocks import copy_pack
 from deepen.checkpoint import write_file
 from deepen.config import Recipe
-from deepen.blocks import copy_pack
 from deepen.data.chat import ChatTemplate, write_template
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import CheckpointError
@@ -22,8 +22,8 @@ from deepen.methods.lora import ADAPTER
 from deepen.model import bypass
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.evaluate import evaluate_run
-from deepen.pipeline.place import choose_place
 from deepen.pipeline.material import prepare_material
+from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run, tuning_recipe
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
 from deepen.pipeline.reporter import Reporter, Silent
@@ -98,9 +98,10 @@ def run_recipe(
 def _tune(recipe: Recipe, trained: RunDirectory, world: World, reporter: Reporter) -> None:
     """Tune what was trained; whatever of it lies there already is gone on with."""
     asked, directory = tuning_recipe(recipe), trained.tuning
-    if world.first(lambda: check_run(asked, resume=True)):
+    if world.first(lambda: check_run(asked, resume=True, overwrite=False)):
         return
     outline = world.first_then_rest(lambda: plan_run(asked))
+    world.first(lambda: check_packages(outline.train))
     with _opened(outline, True, False, world):
         world.first(lambda: _hand_on(trained.base_losses, directory.base_losses))
         _run(outline, directory, world, reporter)

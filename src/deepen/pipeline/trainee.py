@@ -56,7 +56,7 @@ class Trainee:
 
 
 def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype | None]:
-    """Load the base, with the pack it begins with, for training: bf16 compute keeps frozen weights in the checkpoint's precision.
+    """Load the base and its pack for training: bf16 compute keeps frozen weights in the files' precision.
 
     Args:
         plan: the run.

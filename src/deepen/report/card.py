@@ -78,7 +78,7 @@ def _front_matter(report: RunReport, model: bool) -> dict[str, Any]:
     if base := _hub_id(report):
         front |= {"base_model": base, "base_model_relation": "finetune" if model else "adapter"}
     tags = ["deepen", *(["block-expansion", "llama-pro"] if report.result.layout else [])]
-    datasets = [source.hub for source in report.recipe.data.sources if source.hub]
+    datasets = [source.hub for source in report.trained_on if source.hub]
     front |= {
         "library_name": "transformers" if model else "deepen",
         "pipeline_tag": "text-generation",
