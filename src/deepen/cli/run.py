@@ -113,6 +113,14 @@ def _report_plan(plan: "Outline", as_json: bool) -> None:
     else:
         print(f"epochs      {plan.train.epochs:g}, in steps of {step};")
         print("            how many steps is known once the texts are tokenised (deepen data prepare)")
+    if plan.name == "train" and (sft := plan.recipe.sft):
+        from deepen.pipeline.plan import window_length
+
+        trains = {"all": "all parameters", "new": "the new blocks", "lora": "adapters"}[sft.trainable]
+        length = window_length(sft, plan.base.checkpoint.config)
+        print(
+            f"then tuned  {trains}: {sft.epochs:g} epochs in steps of {sft.batch} windows × {length} tokens"
+        )
 
 
 def _print_prefix(plan: "Outline") -> None:

@@ -1,13 +1,10 @@
 """One run from base to evaluated result. The only place where training meets evaluation."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from deepen.blocks import copy_pack
 from deepen.checkpoint import write_file
@@ -16,10 +13,12 @@ from deepen.data.chat import ChatTemplate, write_template
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import CheckpointError
 from deepen.evaluation import compare_runs
+from deepen.evaluation.memory import collect_memory
 from deepen.evaluation.record import build_record, nats_per_token
 from deepen.expansion import check_space
 from deepen.methods.lora import ADAPTER
 from deepen.model import bypass
+from deepen.pipeline.baseline import Losses, base_losses, hand_on_losses
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.evaluate import evaluate_run
 from deepen.pipeline.material import prepare_material
@@ -41,16 +40,16 @@ from deepen.pipeline.trainee import (
 from deepen.pipeline.training import train_to_the_end
 from deepen.records import (
     AuditResult,
+    EvaluationRecord,
     Provenance,
     QuantisationResult,
     RunResult,
     TokenShift,
     capture_provenance,
+    read_record,
 )
 from deepen.report import complete_pages, write_comparison_page
 from deepen.training.world import World, join_world
-
-Losses = Mapping[str, NDArray[np.float64]]
 
 
 def run_recipe(
@@ -96,21 +95,17 @@ def run_recipe(
 
 
 def _tune(recipe: Recipe, trained: RunDirectory, world: World, reporter: Reporter) -> None:
-    """Tune what was trained; whatever of it lies there already is gone on with."""
+    """Tune what was trained, or go on with what lies there of it."""
     asked, directory = tuning_recipe(recipe), trained.tuning
     if world.first(lambda: check_run(asked, resume=True, overwrite=False)):
         return
+    collect_memory()
     outline = world.first_then_rest(lambda: plan_run(asked))
     world.first(lambda: check_packages(outline.train))
-    with _opened(outline, True, False, world):
-        world.first(lambda: _hand_on(trained.base_losses, directory.base_losses))
+    begun = world.first(directory.recipe.exists)
+    with _opened(outline, begun, False, world):
+        world.first(lambda: hand_on_losses(trained, directory))
         _run(outline, directory, world, reporter)
-
-
-def _hand_on(found: Path, to: Path) -> None:
-    """Let the tuning begin with what training found of the base."""
-    if found.exists() and not to.exists():
-        write_file(to, found.read_text("utf-8"))
 
 
 def _complete(recipe: Recipe, directory: RunDirectory) -> None:
@@ -118,7 +113,8 @@ def _complete(recipe: Recipe, directory: RunDirectory) -> None:
     complete_pages(directory.root)
     if recipe.train and recipe.sft:
         complete_pages(directory.tuning.root)
-        if not directory.stages.exists() and (directory.evaluation / "heldout.json").exists():
+        heldout = read_record(directory.evaluation / "heldout.json", EvaluationRecord)
+        if heldout.texts and not directory.stages.exists():
             compared = compare_runs([directory.root, directory.tuning.root], ["trained", "tuned"])
             write_comparison_page(compared, directory.stages)
 
@@ -161,8 +157,8 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
     model, autocast = load_base(plan, place)
     reporter.stage("proving identity" if plan.layout and not plan.pack else "preparing")
     trainee = spread_trainee(plan, prepare_trainee(plan, model, autocast), place, world)
-    base_losses = _base_losses(plan, trainee, directory, texts, world, reporter)
-    base_loss = nats_per_token(texts, base_losses)
+    base = base_losses(plan, trainee, directory, texts, world, reporter)
+    base_loss = nats_per_token(texts, base)
     seconds = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, world, reporter)
 
     round_to_saved(trainee, plan.base.checkpoint)
@@ -174,8 +170,8 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
     def conclude() -> RunResult:
         audit = _audit(plan, trainee, reporter)
         outputs = _save(plan, trainee, directory, material.template, reporter)
-        _record(plan, texts, losses, base_losses, shift, directory, outputs[0], provenance)
-        quantisation = conclude_quantisation(plan, trainee, place, texts, base_losses, losses, reporter)
+        _record(plan, texts, losses, base, shift, directory, outputs[0], provenance)
+        quantisation = conclude_quantisation(plan, trainee, place, texts, base, losses, reporter)
         set_aside(trainee)
         evaluate_run(outputs[0], recipe, directory.evaluation, place.device, reporter)
         return _finish(plan, trainee, seconds, audit, quantisation, outputs, material.template, directory)
@@ -244,38 +240,6 @@ def _record(
         shift=shift,
     )
     write_file(directory.evaluation / "heldout.json", record.model_dump_json(indent=1) + "\n")
-
-
-def _base_losses(
-    plan: RunPlan,
-    trainee: Trainee,
-    directory: RunDirectory,
-    texts: Sequence[EvaluationText],
-    world: World,
-    reporter: Reporter,
-) -> Losses:
-    """Score the base, which the model is but for its new blocks, once; a resumed run reads what was found."""
-    scored = {"base": plan.fingerprint, "texts": {text.task: text.digest for text in texts}}
-    held = world.first(lambda: _held_losses(directory, scored))
-    if held is not None:
-        return held
-    reporter.stage("evaluating the base")
-    with bypass(trainee.model) if plan.layout else nullcontext():
-        losses = score_texts(
-            trainee.root, texts, world, autocast=trainee.autocast, progress=reporter.progress
-        )
-    content = scored | {"nats": {task: values.tolist() for task, values in losses.items()}}
-    world.first(lambda: write_file(directory.base_losses, json.dumps(content) + "\n"))
-    return losses
-
-
-def _held_losses(directory: RunDirectory, scored: Mapping[str, object]) -> Losses | None:
-    if not directory.base_losses.exists():
-        return None
-    held = json.loads(directory.base_losses.read_text())
-    if not held.items() >= scored.items():
-        return None
-    return {task: np.asarray(values, dtype=np.float64) for task, values in held["nats"].items()}
 
 
 def _finish(
