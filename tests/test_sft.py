@@ -240,6 +240,18 @@ def test_stopped_in_the_second_stage_it_resumes_to_the_same_bytes(tuned, tmp_pat
     assert [line.get("loss") for line in steps] == [line.get("loss") for line in wanted]
 
 
+@pytest.mark.parametrize("way", ["all", "lora"])
+def test_an_expanded_checkpoint_is_a_base_like_any_other(tuned, tmp_path, way):
+    merged = deepen.merge_pack(tuned / "base", tuned / "run" / "blocks", tmp_path / "merged").directory
+    changes = {"sft__epochs": 0.1, "base": str(merged), "output": str(tmp_path / "run")}
+    run = run_recipe(load_recipe(tuning(tuned, way, on_pack=False, **changes)))
+    assert (run.layout, run.parameters.new) == (None, 0)
+    assert way == "all" or run.audit.after == full_fingerprint(Checkpoint.open(merged))
+    assert value(tmp_path / "run", "general", "base_value") == pytest.approx(
+        value(tuned / "run", "general"), abs=5e-3
+    )
+
+
 def test_an_untrained_pack_is_reached_through_its_zeros(tiny_llama):
     model = expanded(tiny_llama())
     parameters = lora().prepare(model)
@@ -327,6 +339,7 @@ def test_faults_of_tuning_alone_are_said_before_anything(both, tmp_path, setting
     ("changes", "words"),
     [
         ({"train__method": "full", "expand": None}, "sft: follows method blocks only, not full"),
+        ({"train__quantise": "4bit"}, "sft: follows training on an unquantised base"),
         ({"pack": "somewhere"}, "train: pack is for tuning alone"),
         ({"data": None}, "train: needs a data section"),
     ],

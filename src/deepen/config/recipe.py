@@ -184,6 +184,8 @@ class Recipe(Section):
             faults.append(
                 f"follows method blocks only, not {train.method}: tune what that saves by a recipe of its own"
             )
+        if train and train.quantise != "none":
+            faults.append("follows training on an unquantised base: tune the pack by a recipe of its own")
         if expand and pack:
             faults.append("begins with the blocks of expand or of pack, not both")
         if not train and sft.trainable == "new" and not (expand or pack):
