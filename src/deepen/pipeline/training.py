@@ -57,7 +57,7 @@ def train_to_the_end(
         trainee: the model and what of it trains.
         mixture: where batches come from.
         texts: evaluated along the way.
-        base_loss: task -> nats per token of the base: what is scored before the first step, but for a pack.
+        base_loss: task -> nats per token of the base, which but for a pack is the model before the first step.
         directory: where metrics and checkpoints go.
         world: the processes of the run.
         reporter: told what goes on.
@@ -81,9 +81,12 @@ def train_to_the_end(
     log = world.first_only(lambda: RunLog(plan, mixture, prefix, directory, reporter, first, gauge))
 
     def evaluate(step: int) -> None:
-        losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
+        found = base_loss
+        if step or plan.pack:
+            losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
+            found = nats_per_token(texts, losses)
         if log:
-            log.evaluation(step, nats_per_token(texts, losses))
+            log.evaluation(step, found)
 
     def save(step: int) -> None:
         if log:
@@ -91,10 +94,8 @@ def train_to_the_end(
         where, keep = directory.checkpoints, section.keep_checkpoints
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
-    if not first and plan.pack:
+    if not first:
         evaluate(0)
-    elif not first and log:
-        log.evaluation(0, base_loss)
     name, note = _window_names(plan, mixture), log.step if log else _ignore
     hooks = Hooks(log=note, evaluate=evaluate, save=save, stop=bool, name_window=name)
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
