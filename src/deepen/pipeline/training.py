@@ -57,7 +57,7 @@ def train_to_the_end(
         trainee: the model and what of it trains.
         mixture: where batches come from.
         texts: evaluated along the way.
-        base_loss: task -> nats per token of the base, which but for a pack is the model before the first step.
+        base_loss: task -> nats per token of the base, which without a pack is the model at first.
         directory: where metrics and checkpoints go.
         world: the processes of the run.
         reporter: told what goes on.
