@@ -60,7 +60,10 @@ def _finished(recipe: "Recipe", result: "RunResult") -> "RunResult":
     from deepen.report import complete_pages
 
     print(f"{recipe.output}: already finished; nothing to do", file=sys.stderr)
-    complete_pages(Path(recipe.output))
+    output = Path(recipe.output)
+    for run in (output, output / "sft"):
+        if run.is_dir():
+            complete_pages(run)
     return result
 
 

@@ -67,13 +67,10 @@ def train_to_the_end(
         DataError: the tokenizer is another model's.
         Interrupted: a signal came; a checkpoint was saved.
     """
-    section = plan.train
-    torch.manual_seed(section.seed)
+    torch.manual_seed(plan.train.seed)
     prefix = open_prefix(plan, trainee, mixture, world, reporter)
     fit_memory(plan, trainee, world, reporter)
-    optimizer = build_optimizer(
-        trainee.parameters, betas=section.betas, weight_decay=section.weight_decay, kind=section.optimizer
-    )
+    optimizer = _optimizer(plan, trainee)
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     gauge = _gauge(plan, trainee, world)
@@ -91,7 +88,7 @@ def train_to_the_end(
     def save(step: int) -> None:
         if log:
             log.metrics.sync()
-        where, keep = directory.checkpoints, section.keep_checkpoints
+        where, keep = directory.checkpoints, plan.train.keep_checkpoints
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
     if not first:
@@ -101,6 +98,13 @@ def train_to_the_end(
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
         _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix)
     return log.seconds if log else 0.0
+
+
+def _optimizer(plan: RunPlan, trainee: Trainee) -> torch.optim.Optimizer:
+    train = plan.train
+    return build_optimizer(
+        trainee.parameters, betas=train.betas, weight_decay=train.weight_decay, kind=train.optimizer
+    )
 
 
 def _train(
