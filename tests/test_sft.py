@@ -335,6 +335,13 @@ def test_faults_of_tuning_alone_are_said_before_anything(both, tmp_path, setting
     assert not (tmp_path / "run").exists()
 
 
+def test_overwriting_the_run_that_holds_the_pack_is_refused(tuned, capsys):
+    recipe = tuning(tuned, "new", output=str(tuned / "run"))
+    assert main(["run", str(recipe), "--overwrite"]) == 2
+    assert "blocks" in capsys.readouterr().err
+    assert (tuned / "run" / "blocks" / "blocks.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

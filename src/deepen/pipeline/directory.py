@@ -93,11 +93,11 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunResult | N
 
     Raises:
         OutputError: it exists and is not this run, or is this run unfinished and `resume` was not asked for;
-            or it overlaps the base.
+            or it overlaps the base or the pack.
     """
     directory = RunDirectory(Path(recipe.output))
-    if os.path.isdir(recipe.base):
-        check_apart(directory.root, (Path(recipe.base),))
+    named = (recipe.base, recipe.pack)
+    check_apart(directory.root, tuple(Path(each) for each in named if each and os.path.isdir(each)))
     if not directory.root.exists():
         return None
     if not directory.recipe.exists():
