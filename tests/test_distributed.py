@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from test_sft import write_talk
 from tiny_run import write_base, write_recipe
 from torch.testing import assert_close
 
@@ -36,6 +37,7 @@ METHODS = {
     "scale": {},
     "prompt": {},
     "one pass": {"train__method": "blocks", "train__micro_batch": 8},
+    "tuned": {"train__method": "blocks"},
 }
 # Frozen weights in bf16 beside trained ones in fp32, in one group of FSDP.
 NARROW = {
@@ -43,7 +45,7 @@ NARROW = {
     for method in ("blocks", "full", "lora", "moe", "scale", "prompt")
 }
 # Where a run trains; BEFORE-to-WORLD: its first two steps were done in another world.
-SHARDED = ["blocks", "full", "dora", "moe", "scale", "prompt"]
+SHARDED = ["blocks", "full", "dora", "moe", "scale", "prompt", "tuned"]
 DAILY = [
     *((method, "fsdp") for method in SHARDED),
     *((method, "one-to-ddp") for method in ("blocks", "dora")),
@@ -62,6 +64,8 @@ def recipe_of(root, method, route):
     world = route.rpartition("-")[2]
     changes = SETTINGS | {"train__method": method} | (METHODS | NARROW)[method]
     changes["base"] = str(root / changes.get("base", "base"))
+    if method == "tuned":
+        changes["sft"] = write_talk(root) | {"epochs": 1, "learning_rate": 1e-3}
     if world != "one":
         changes["train__parallel"] = world
     if changes["train__method"] != "blocks":
@@ -151,6 +155,12 @@ def saved(run):
 
 def check_same(root, method, route):
     many, one = root / f"{method}-{route}", root / f"{method}-one"
+    check_same_run(many, one)
+    if method == "tuned":
+        check_same_run(many / "sft", one / "sft")
+
+
+def check_same_run(many, one):
     assert losses(many) == pytest.approx(losses(one), abs=1e-5)
     check_blocks(steps(many), steps(one))
     for mine, theirs in zip(shifts(many), shifts(one), strict=True):

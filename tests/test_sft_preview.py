@@ -76,15 +76,3 @@ FAULTS = {
 def test_faults_are_said_in_a_line(recipe, capsys, setting):
     assert main(["data", "preview", str(recipe), "--stage", "sft", "--set", setting]) == 2
     assert FAULTS[setting] in capsys.readouterr().err
-
-
-def test_only_new_blocks_where_there_are_some(recipe, capsys):
-    settings = ["--set", "sft.trainable=new", "--set", "train.method=full", "--set", "expand=null"]
-    assert main(["data", "preview", str(recipe), *settings]) == 2
-    assert "sft: trainable new needs new blocks, which method full does not add" in capsys.readouterr().err
-
-
-def test_a_run_does_not_pass_over_the_section(tmp_path, recipe, capsys):
-    assert main(["run", str(recipe)]) == 2
-    assert "sft: cannot be trained on yet" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from deepen.blocks.extract import ExtractResult, extract_pack
 from deepen.blocks.hub import pack_files, push_pack, resolve_pack
 from deepen.blocks.inspect import BlockNorms, BlocksSummary, Norm, Stage, inspect_blocks
 from deepen.blocks.merge import merge_pack, stack_packs
-from deepen.blocks.pack import BLOCKS_NAME, Fit, Pack, check_pack, fit_pack, open_pack
+from deepen.blocks.pack import BLOCKS_NAME, Fit, Pack, check_pack, copy_pack, fit_pack, open_pack
 from deepen.blocks.unmerge import UnmergeResult, unmerge
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "UnmergeResult",
     "adopt",
     "check_pack",
+    "copy_pack",
     "extract_pack",
     "fit_pack",
     "inspect_blocks",

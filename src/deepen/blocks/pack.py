@@ -1,13 +1,14 @@
 """A block pack: the new blocks alone (`blocks.safetensors`) and the record of them (`expansion.json`)."""
 
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from deepen.blocks.hub import resolve_pack
-from deepen.checkpoint import Shard, Tensor, contained, fast_fingerprint, read_shard
+from deepen.checkpoint import Shard, Tensor, atomic_directory, contained, fast_fingerprint, read_shard
 from deepen.errors import PackError
 from deepen.expansion import (
     MANIFEST_NAME,
@@ -121,6 +122,18 @@ def open_pack(pack: str | Path) -> Pack:
     if not os.path.lexists(directory / BLOCKS_NAME):
         raise PackError(f"{directory}: has no {BLOCKS_NAME}; this is not a block pack")
     return Pack(directory, read_expansion(directory), read_shard(contained(directory, BLOCKS_NAME)))
+
+
+def copy_pack(pack: Path, target: Path) -> Path:
+    """Copy a block pack, whole or not at all, over what lies there; return `target`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with atomic_directory(target, overwrite=True, inside=(pack,)) as staged:
+        for name in (BLOCKS_NAME, MANIFEST_NAME):
+            shutil.copyfile(pack / name, staged / name)
+    return target
 
 
 def check_pack(pack: Pack, base: Base) -> None:

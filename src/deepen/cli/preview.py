@@ -35,7 +35,8 @@ class Shown:
 def preview_texts(recipe: Recipe, tokenizer: Any, step: int, reporter: Reporter) -> Shown:
     """Look at a step of training on texts, counted from 0."""
     texts = prepare_texts(recipe, tokenizer, corpus_cache(recipe), reporter)
-    labels = [source.label for source in recipe.data.sources]
+    data, _ = recipe.training()
+    labels = [source.label for source in data.sources]
     facts = describe_sources(recipe, texts, texts.corpora)
     examples = preview(texts.mixture, labels, step=step, windows=windows_per_step(recipe))
     return Shown(examples, facts, lambda: print_packing(facts))
@@ -43,11 +44,12 @@ def preview_texts(recipe: Recipe, tokenizer: Any, step: int, reporter: Reporter)
 
 def describe_sources(recipe: Recipe, texts: Texts | None, corpora: Sequence[Corpus | None]) -> dict[str, Any]:
     """Describe the corpora that are ready, how they are packed, and what the checks found."""
-    names = [source.label for source in recipe.data.sources]
+    data, train = recipe.training()
+    names = [source.label for source in data.sources]
     if texts is None:
         ready = [corpus is not None for corpus in corpora]
         return {"sources": [{"name": n, "ready": r} for n, r in zip(names, ready, strict=True)]}
-    epochs, counts = recipe.train.epochs, texts.mixture.packing_counts()
+    epochs, counts = train.epochs, texts.mixture.packing_counts()
     columns = zip(names, texts.corpora, texts.mixture.counts, counts, strict=True)
     sources = [
         {
@@ -66,8 +68,8 @@ def describe_sources(recipe: Recipe, texts: Texts | None, corpora: Sequence[Corp
     findings = texts.findings.to_json() if texts.findings else None
     return {
         "sources": sources,
-        "packing": recipe.data.packing,
-        "document_masks": recipe.data.document_masks,
+        "packing": data.packing,
+        "document_masks": data.document_masks,
         "windows_per_epoch": texts.mixture.windows_per_epoch,
         "epochs": epochs,
         "steps": texts.mixture.steps(epochs, windows_per_step(recipe)) if epochs else None,

@@ -7,7 +7,8 @@ from deepen.cli.preview import Shown
 from deepen.config import Recipe
 from deepen.data.preview import preview
 from deepen.errors import RecipeError
-from deepen.pipeline.conversations import Conversations, prepare_sft, window_length
+from deepen.pipeline.conversations import Conversations, prepare_sft
+from deepen.pipeline.plan import window_length
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.texts import corpus_cache
 
@@ -18,7 +19,7 @@ def preview_conversations(recipe: Recipe, tokenizer: Any, step: int, reporter: R
     if section is None:
         raise RecipeError("sft: the recipe has no such section to show; remove --stage sft")
     length = window_length(section, read_config(resolve_base(recipe.base)))
-    found = prepare_sft(section, tokenizer, length, recipe.train.seed, corpus_cache(recipe), reporter)
+    found = prepare_sft(section, tokenizer, length, corpus_cache(recipe), reporter)
     labels = [one.label for one in section.data]
     examples = preview(found.mixture, labels, step=step, windows=section.batch, stage="sft")
     facts = _describe(labels, found)

@@ -60,7 +60,10 @@ def _finished(recipe: "Recipe", result: "RunResult") -> "RunResult":
     from deepen.report import complete_pages
 
     print(f"{recipe.output}: already finished; nothing to do", file=sys.stderr)
-    complete_pages(Path(recipe.output))
+    output = Path(recipe.output)
+    for run in (output, output / "sft"):
+        if run.is_dir():
+            complete_pages(run)
     return result
 
 
@@ -87,12 +90,13 @@ def _report_plan(plan: "Outline", as_json: bool) -> None:
 
     facts = {
         "dry_run": True,
+        "stage": plan.name,
         "recipe": plan.recipe,
         "layout": plan.layout.draw() if plan.layout else None,
         "parameters": plan.parameters,
         "steps": plan.known_steps,
         "tokens": plan.known_tokens,
-        "epochs": plan.recipe.train.epochs,
+        "epochs": plan.train.epochs,
         "windows_per_step": plan.windows,
         "windows_per_forward": plan.micro_batch,
     }
@@ -104,15 +108,22 @@ def _report_plan(plan: "Outline", as_json: bool) -> None:
     counts = plan.parameters
     trained = "adapters" if counts.trainable is None else human_count(counts.trainable)
     print(f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; {trained} train")
-    if plan.recipe.train.prefix_cache != "none":
+    if plan.train.prefix_cache != "none":
         _print_prefix(plan)
-    length = plan.recipe.data.sequence_length
-    step = f"{plan.windows} windows × {length} tokens ({plan.micro_batch} windows a forward pass)"
+    step = f"{plan.windows} windows × {plan.length} tokens ({plan.micro_batch} windows a forward pass)"
     if plan.known_tokens is not None:
         print(f"tokens      {human_count(plan.known_tokens)} in {plan.known_steps} steps of {step}")
     else:
-        print(f"epochs      {plan.recipe.train.epochs:g}, in steps of {step};")
+        print(f"epochs      {plan.train.epochs:g}, in steps of {step};")
         print("            how many steps is known once the texts are tokenised (deepen data prepare)")
+    if plan.name == "train" and (sft := plan.recipe.sft):
+        from deepen.pipeline.plan import window_length
+
+        trains = {"all": "all parameters", "new": "the new blocks", "lora": "adapters"}[sft.trainable]
+        length = window_length(sft, plan.base.checkpoint.config)
+        print(
+            f"then tuned  {trains}: {sft.epochs:g} epochs in steps of {sft.batch} windows × {length} tokens"
+        )
 
 
 def _print_prefix(plan: "Outline") -> None:
@@ -128,16 +139,38 @@ def _print_prefix(plan: "Outline") -> None:
 
 
 def _report(output: Path, result: "RunResult", as_json: bool) -> None:
+    from deepen.records import read_result
+
+    tuning = output / "sft"
+    tuned = read_result(tuning) if tuning.is_dir() else None
+    if as_json:
+        facts = _facts(output, result)
+        print_json(facts | {"sft": _facts(tuning, tuned)} if tuned else facts)
+        return
+    runs, labels = ([output, tuning], ["trained", "tuned"]) if tuned else ([output], None)
+    report_comparison(runs, labels, None, as_json)
+    for each, where in ((result, output), (tuned, tuning)):
+        if each is not None:
+            _print_proofs(each)
+            for path in (*each.outputs, "report.html"):
+                print(where / path)
+    if tuned:
+        print(output / "stages.html")
+
+
+def _facts(output: Path, result: "RunResult") -> dict[str, object]:
     from deepen.records import EvaluationRecord, read_record
 
-    if as_json:
-        record = read_record(output / "evaluation" / "heldout.json", EvaluationRecord)
-        print_json({**result.model_dump(mode="json"), "metrics": record.metrics})
-        return
-    report_comparison([output], None, None, as_json)
-    if result.identity and result.audit:
+    record = read_record(output / "evaluation" / "heldout.json", EvaluationRecord)
+    return {**result.model_dump(mode="json"), "metrics": record.metrics}
+
+
+def _print_proofs(result: "RunResult") -> None:
+    stage = "tuning" if result.stage == "sft" else "training"
+    if result.identity:
         held = "quantised base" if result.quantisation else "base"
-        print(f"before training: the {held} to the bit ({'; '.join(result.identity.checks)})")
-        print(f"after training: {result.audit.tensors} base tensors unchanged, by hash of all bytes")
-    for path in (*result.outputs, "report.html"):
-        print(output / path)
+        print(f"before {stage}: the {held} to the bit ({'; '.join(result.identity.checks)})")
+    if result.audit:
+        print(f"after {stage}: {result.audit.tensors} base tensors unchanged, by hash of all bytes")
+    elif result.stage == "sft":
+        print("after tuning: the base's tensors changed too, as all parameters were tuned")

@@ -4,7 +4,7 @@ from deepen.config.load import dump_recipe, load_recipe, parse_recipe
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
 from deepen.config.sft import ConversationSet, Format, SftSection
 from deepen.config.texts import DataSection, Place, Source, TextSet
-from deepen.config.training import FreezeSection, LoraSection, PromptSection, TrainSection
+from deepen.config.training import FreezeSection, LoopSection, LoraSection, PromptSection, TrainSection
 
 __all__ = [
     "ConversationSet",
@@ -13,6 +13,7 @@ __all__ = [
     "ExpandSection",
     "Format",
     "FreezeSection",
+    "LoopSection",
     "LoraSection",
     "Place",
     "PromptSection",

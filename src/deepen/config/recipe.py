@@ -1,6 +1,6 @@
 """What a recipe can say. The docstring under a field states its unit and scope."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -13,6 +13,26 @@ from deepen.config.section import Count, Section, as_tuple
 from deepen.config.sft import SftSection
 from deepen.config.texts import DataSection, TextSet
 from deepen.config.training import TrainSection
+from deepen.errors import RecipeError
+
+# What tuning takes over from training where it says nothing itself.
+_SHARED: Final = (
+    *(
+        "optimizer",
+        "betas",
+        "clip",
+        "precision",
+        "device",
+        "loss",
+        "recompute",
+        "parallel",
+        "compile",
+        "seed",
+    ),
+    *("log", "keep_checkpoints"),
+)
+_TRAINING: Final = ("data", "train")
+_SHARDED_8BIT: Final = "optimizer adamw_8bit: its state cannot be cut over devices; choose parallel: ddp"
 
 
 class ExpandSection(Section):
@@ -83,7 +103,7 @@ class EvaluateSection(Section):
 
 
 class Recipe(Section):
-    """A whole run: base → expand → train → evaluate."""
+    """A whole run: base → expand → train → tune → evaluate. Training or tuning may be left out."""
 
     base: str
     """Checkpoint to start from: a directory or a hub id."""
@@ -94,30 +114,53 @@ class Recipe(Section):
     expand: ExpandSection | None = None
     """New blocks; required by method `blocks`, not allowed with `full`."""
 
-    data: DataSection
-    train: TrainSection
+    pack: str | None = None
+    """For tuning alone: a block pack of the base, a directory or a hub id, that is put on it first."""
+
+    data: DataSection | None
+    """Required by `train`. For tuning alone its held-out documents are evaluated."""
+
+    train: TrainSection | None
+    """Training on texts; may be left out of a recipe that tunes on conversations."""
+
     sft: SftSection | None = None
-    """Tuning on conversations after training."""
+    """Tuning on conversations, after training where there is any: then a run of its own in `sft/` of the run
+    directory, which begins with the pack that training left."""
 
     evaluate: EvaluateSection = EvaluateSection()
     merge: bool = False
     """Also write `model/`, an ordinary checkpoint with the trained blocks in it."""
 
-    @field_validator("evaluate")
+    def training(self) -> tuple[DataSection, TrainSection]:
+        """Return the two sections of training on texts.
+
+        Raises:
+            RecipeError: there are none.
+        """
+        if self.data is None or self.train is None:
+            raise RecipeError("train: the recipe has no such section, it only tunes on conversations (sft)")
+        return self.data, self.train
+
+    @model_validator(mode="before")
     @classmethod
-    def _holds_the_base(cls, evaluate: EvaluateSection, info: ValidationInfo) -> EvaluateSection:
-        train = info.data.get("train")
-        if evaluate.shift and train and train.method != "blocks":
-            raise ValueError(
-                f"shift needs the base inside the trained model, which method {train.method} does not keep"
-            )
-        return evaluate
+    def _stages(cls, raw: Any) -> Any:
+        """Let `sft` stand without training, or take over from it what it does not say itself."""
+        if not isinstance(raw, dict):
+            return raw
+        sft, train = raw.get("sft"), raw.get("train")
+        if sft is None:
+            return {key: value for key, value in raw.items() if value is not None or key not in _TRAINING}
+        if isinstance(sft, dict) and isinstance(train, dict):
+            sft = {key: train[key] for key in _SHARED if key in train} | sft
+        return {**dict.fromkeys(_TRAINING), **raw, "sft": sft}
 
     # On the field, not on the whole: so these are reported together with faults elsewhere in the recipe.
     @field_validator("train")
     @classmethod
-    def _fits(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
-        expand, data = info.data.get("expand", ...), info.data.get("data")
+    def _fits(cls, train: TrainSection | None, info: ValidationInfo) -> TrainSection | None:
+        if train is None:
+            return None
+        expand, data = info.data.get("expand", ...), info.data.get("data", ...)
         faults = []
         if train.method == "blocks" and expand is None:
             faults.append("method blocks needs an expand section (for example expand: {blocks: 8})")
@@ -128,11 +171,15 @@ class Recipe(Section):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
         if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
             faults.append(f"prefix_cache has nothing to keep: method {train.method} trains in every block")
-        if data and train.batch_tokens < data.sequence_length:
+        if data is None:
+            faults.append("needs a data section, the texts to train on")
+        if isinstance(data, DataSection) and train.batch_tokens < data.sequence_length:
             faults.append(
                 f"batch_tokens {train.batch_tokens} is less than one window of "
                 f"data.sequence_length {data.sequence_length}"
             )
+        if info.data.get("pack") is not None:
+            faults.append("pack is for tuning alone (sft without train); remove one of the two")
         if faults:
             raise ValueError("; ".join(faults))
         return train
@@ -140,10 +187,41 @@ class Recipe(Section):
     @field_validator("sft")
     @classmethod
     def _tunable(cls, sft: SftSection | None, info: ValidationInfo) -> SftSection | None:
-        train = info.data.get("train")
-        if sft and sft.trainable == "new" and train and train.method != "blocks":
-            raise ValueError(f"trainable new needs new blocks, which method {train.method} does not add")
+        if sft is None:
+            return None
+        train, expand, pack = (info.data.get(key) for key in ("train", "expand", "pack"))
+        faults = []
+        if train and train.method != "blocks":
+            faults.append(
+                f"follows method blocks only, not {train.method}: tune what that saves by a recipe of its own"
+            )
+        if train and train.quantise != "none":
+            faults.append("follows training on an unquantised base: tune the pack by a recipe of its own")
+        if expand and pack:
+            faults.append("begins with the blocks of expand or of pack, not both")
+        if not train and sft.trainable == "new" and not (expand or pack):
+            faults.append("trainable new needs new blocks: give expand or pack")
+        if not train and sft.trainable == "lora" and expand:
+            faults.append("trainable lora is for blocks that are trained: give their pack instead of expand")
+        if sft.optimizer == "adamw_8bit" and sft.parallel == "fsdp":
+            faults.append(_SHARDED_8BIT)
+        if faults:
+            raise ValueError("; ".join(faults))
         return sft
+
+    @field_validator("evaluate")
+    @classmethod
+    def _holds_the_base(cls, evaluate: EvaluateSection, info: ValidationInfo) -> EvaluateSection:
+        train, sft = info.data.get("train"), info.data.get("sft")
+        if evaluate.shift and train and train.method != "blocks":
+            raise ValueError(
+                f"shift needs the base inside the trained model, which method {train.method} does not keep"
+            )
+        if evaluate.shift and not train and sft and sft.trainable != "new":
+            raise ValueError(
+                f"shift needs the base inside the tuned model, which trainable {sft.trainable} does not keep"
+            )
+        return evaluate
 
     @field_validator("merge")
     @classmethod
@@ -167,5 +245,5 @@ def _quantisation_faults(train: TrainSection) -> list[str]:
         if train.parallel == "fsdp":
             faults.append("quantise: packed layers cannot be cut over devices; choose parallel: ddp")
     if train.optimizer == "adamw_8bit" and train.parallel == "fsdp":
-        faults.append("optimizer adamw_8bit: its state cannot be cut over devices; choose parallel: ddp")
+        faults.append(_SHARDED_8BIT)
     return faults

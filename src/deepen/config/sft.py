@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from deepen.config.section import Count, Positive, Section, Share, as_tuple
+from deepen.config.section import Count, Positive, Real, Share, as_tuple
 from deepen.config.texts import Place
+from deepen.config.training import LoopSection, LoraSection, Method, TrainSection
 
 Format = Literal["alpaca", "sharegpt", "messages", "prompt_completion"]
 
@@ -22,8 +23,11 @@ class ConversationSet(Place):
     """How often a window of this set is seen for each time a window of a weight-1 set is."""
 
 
-class SftSection(Section):
-    """Tuning on conversations, with the loss on the assistant's tokens; the defaults are the paper's."""
+class SftSection(LoopSection):
+    """Tuning on conversations, with the loss on the assistant's tokens; the defaults are the paper's.
+
+    After `train`, what concerns the machine and the optimiser is as there unless it is said here.
+    """
 
     data: Annotated[tuple[ConversationSet, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     """The conversations."""
@@ -36,17 +40,49 @@ class SftSection(Section):
     """Tokens in one window. Conversations are packed whole, none sees another, and longer ones are cut at
     their end. Default: 4,096, or the base's positions where those are fewer."""
 
+    heldout: Share = 0.0
+    """Share of every set's conversations kept out of tuning; the loss of their answers is evaluated."""
+
+    cache: str | None = None
+    """Directory of tokenised conversations; default: `data.cache`."""
+
     batch: Count = 128
     """Windows in one optimiser step."""
 
-    trainable: Literal["all", "new"] = "all"
-    """`all` parameters (the paper), or only the `new` blocks."""
+    trainable: Literal["all", "new", "lora"] = "all"
+    """`all` parameters (the paper), only the `new` blocks, or low-rank adapters (`lora`) on all of them."""
+
+    lora: LoraSection = LoraSection()
+    """For trainable `lora`."""
 
     learning_rate: Positive = 2e-5
-    """Peak learning rate, of a cosine."""
+    """Peak learning rate."""
 
     warmup: Share = 0.03
     """Share of the steps over which the learning rate rises from 0."""
 
+    final_learning_rate: Annotated[Real, Field(ge=0, le=1)] = 0.0
+    """Where the cosine ends, as a share of the peak."""
+
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """AdamW decay of matrices; norms and biases have none."""
+
     epochs: Positive = 1.0
     """Passes through the conversations; rounded up to whole steps."""
+
+    def as_training(self, length: int) -> TrainSection:
+        """Return the same as a section of training, by the method that does what `trainable` says.
+
+        Args:
+            length: tokens in a window.
+        """
+        methods: dict[str, Method] = {"all": "full", "new": "blocks", "lora": "lora"}
+        return TrainSection(
+            **self.model_dump(include=set(LoopSection.model_fields)),
+            method=methods[self.trainable],
+            lora=self.lora,
+            epochs=self.epochs,
+            batch_tokens=self.batch * length,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+        )

@@ -10,6 +10,8 @@ from pydantic import (
 
 from deepen.config.section import Count, Index, Positive, Real, Section, Share, as_tuple
 
+Method = Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt"]
+
 
 class LoraSection(Section):
     """Settings of method `lora`."""
@@ -47,10 +49,74 @@ class PromptSection(Section):
     """Number of blocks that have them, from the top; default: all."""
 
 
-class TrainSection(Section):
+class LoopSection(Section):
+    """How the loop trains, whatever it trains and on whatever."""
+
+    micro_batch: Count | None = None
+    """Windows in one forward pass; default: as many as hold 16,384 tokens. Does not change the result."""
+
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` holds AdamW's two moments in 8 bits, by bitsandbytes, but for tensors of less than 4,096
+    elements."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+
+    final_learning_rate: Annotated[Real, Field(ge=0, le=1)] = 0.1
+    """Where the cosine ends, as a share of the peak."""
+
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.1
+    """AdamW decay of matrices; norms and biases have none."""
+
+    betas: Annotated[tuple[Share, Share], BeforeValidator(as_tuple)] = (0.9, 0.95)
+    """AdamW momenta."""
+
+    clip: Positive | None = 1.0
+    """Largest gradient norm over all trainable parameters; null: none."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision; what trains is fp32 always. `auto`: bf16 on a GPU, fp32 on a CPU."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+
+    loss: Literal["parts", "liger"] = "parts"
+    """Cross-entropy without the logits of a whole batch in memory: in `parts`, by PyTorch alone; or by the
+    fused kernel of liger-kernel, on a GPU, which is tried beside the other before training and refused where
+    it gives anything else."""
+
+    recompute: Literal["none", "auto", "full"] = "auto"
+    """Activation checkpointing: blocks that compute their forward pass again in the backward pass to save
+    memory. `auto`: as few as the memory asks for, frozen ones first. Does not change the result."""
+
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun: `ddp`, the whole model on every device; `fsdp`, every tensor cut over the devices.
+    `auto`: `ddp` where weights, gradients and optimiser take at most 60% of a device. Does not change the
+    result."""
+
+    compile: bool = False
+    """Compile the blocks; slow first step, faster afterwards."""
+
+    seed: Index = 0
+    """Seed of the order of the data and of every random draw."""
+
+    evaluate_every: Count | None = None
+    """Steps between evaluations of held-out loss; default: a tenth of the run."""
+
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; default: a tenth of the run."""
+
+    log: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(as_tuple)] = ()
+    """Where metrics are shown besides `metrics.jsonl`; each needs its package installed."""
+
+    keep_checkpoints: Count = 2
+    """Checkpoints kept; older ones are removed."""
+
+
+class TrainSection(LoopSection):
     """How the trainable parameters are trained."""
 
-    method: Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt"] = "blocks"
+    method: Method = "blocks"
     """What trains: the new blocks; or, without expansion, every parameter (`full`), low-rank adapters
     (`lora`), some of the base's blocks (`freeze`), a second expert in each feed-forward (`moe`, the paper's
     control), norms, biases and scales (`scale`, LLaMA-Adapter V2), or attention prompts (`prompt`,
@@ -82,76 +148,16 @@ class TrainSection(Section):
     batch_tokens: Count
     """Tokens in one optimiser step; rounded to whole windows."""
 
-    micro_batch: Count | None = None
-    """Windows in one forward pass; default: as many as hold 16,384 tokens. Does not change the result."""
-
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` holds AdamW's two moments in 8 bits, by bitsandbytes, but for tensors of less than 4,096
-    elements."""
-
     learning_rate: Positive
     """Peak learning rate."""
 
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Shape after the warm-up."""
-
     warmup: Share = 0.06
     """Share of the steps over which the learning rate rises from 0."""
-
-    final_learning_rate: Annotated[Real, Field(ge=0, le=1)] = 0.1
-    """Where the cosine ends, as a share of the peak."""
-
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.1
-    """AdamW decay of matrices; norms and biases have none."""
-
-    betas: Annotated[tuple[Share, Share], BeforeValidator(as_tuple)] = (0.9, 0.95)
-    """AdamW momenta."""
-
-    clip: Positive | None = 1.0
-    """Largest gradient norm over all trainable parameters; null: none."""
-
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute precision; what trains is fp32 always. `auto`: bf16 on a GPU, fp32 on a CPU."""
-
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
-
-    loss: Literal["parts", "liger"] = "parts"
-    """Cross-entropy without the logits of a whole batch in memory: in `parts`, by PyTorch alone; or by the
-    fused kernel of liger-kernel, on a GPU, which is tried beside the other before training and refused where
-    it gives anything else."""
-
-    recompute: Literal["none", "auto", "full"] = "auto"
-    """Activation checkpointing: blocks that compute their forward pass again in the backward pass to save
-    memory. `auto`: as few as the memory asks for, frozen ones first. Does not change the result."""
 
     prefix_cache: Literal["none", "disk"] = "none"
     """`disk`: the blocks below the first that trains run once for each window; what they make of it is kept
     beside the tokenised corpora, for later epochs and later runs. For new blocks near the top, small corpora
     and several epochs. Takes width × 2 (bf16) or 4 bytes a token. Does not change the result."""
-
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Under torchrun: `ddp`, the whole model on every device; `fsdp`, every tensor cut over the devices.
-    `auto`: `ddp` where weights, gradients and optimiser take at most 60% of a device. Does not change the
-    result."""
-
-    compile: bool = False
-    """Compile the blocks; slow first step, faster afterwards."""
-
-    seed: Index = 0
-    """Seed of the order of the data and of every random draw."""
-
-    evaluate_every: Count | None = None
-    """Steps between evaluations of held-out loss; default: a tenth of the run."""
-
-    checkpoint_every: Count | None = None
-    """Steps between checkpoints; default: a tenth of the run."""
-
-    log: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(as_tuple)] = ()
-    """Where metrics are shown besides `metrics.jsonl`; each needs its package installed."""
-
-    keep_checkpoints: Count = 2
-    """Checkpoints kept; older ones are removed."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

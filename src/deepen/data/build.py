@@ -140,7 +140,13 @@ def _write_texts(
     return counts, written
 
 
-def check_sides(documents: int, heldout_documents: int, heldout: float, source: str) -> None:
+def check_sides(
+    documents: int,
+    heldout_documents: int,
+    heldout: float,
+    source: str,
+    advice: str = "cut it into more documents (separator) or change data.heldout",
+) -> None:
     """Refuse a corpus without text, or with nothing on one side of the split.
 
     Raises:
@@ -149,7 +155,6 @@ def check_sides(documents: int, heldout_documents: int, heldout: float, source: 
     total = documents + heldout_documents
     if total == 0:
         raise DataError(f"{source}: holds no text: every document is empty or white space")
-    advice = "cut it into more documents (separator) or change data.heldout"
     if documents == 0:
         raise DataError(f"{source}: all {total} documents fall to the held-out side at {heldout}; {advice}")
     if heldout and heldout_documents == 0:

@@ -25,6 +25,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from deepen.checkpoint import write_file
 from deepen.data.conversations import Conversation, Message
 from deepen.errors import DataError
 
@@ -103,6 +104,12 @@ def choose_template(tokenizer: Any, name: str | None = None) -> ChatTemplate:
         return ChatTemplate(name, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"chat template {path}: cannot be read: {error}") from None
+
+
+def write_template(template: ChatTemplate, directory: Path) -> None:
+    """Put a template beside a model, where tokenizers look for it before they look at their own."""
+    source = template.source if isinstance(template.source, str) else template.source["default"]
+    write_file(directory / "chat_template.jinja", source)
 
 
 def lay_out(conversation: Conversation, template: ChatTemplate, tokenizer: Any) -> Laid | None:

@@ -3,20 +3,22 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from deepen.checkpoint import atomic_directory
 from deepen.config import ConversationSet
 from deepen.data.batches import Mixture
+from deepen.data.build import check_sides, is_heldout
 from deepen.data.chat import ChatTemplate, Encoded, Laid, encode_conversations, lay_out
 from deepen.data.conversation_corpus import (
     ENDS,
     FORMAT_VERSION,
+    HELDOUT,
     IDS,
     LEARNED,
     META,
@@ -41,6 +43,7 @@ def prepare_conversations(
     length: int,
     *,
     cache: Path,
+    heldout: float = 0.0,
     progress: Callable[[int], None] | None = None,
 ) -> ConversationCorpus:
     """Tokenise a set of conversations into the cache, or open what an earlier call left there.
@@ -53,6 +56,7 @@ def prepare_conversations(
         template: how messages become one text.
         length: ids predicted in a window.
         cache: where tokenised sets lie, and the copies `datasets` makes of hub datasets.
+        heldout: share of the conversations to keep out, chosen by the hash of their text alone.
         progress: called with the number of conversations read.
 
     Raises:
@@ -64,10 +68,10 @@ def prepare_conversations(
     except OSError as error:
         raise OutputError(f"{cache}: cannot hold the cache: {error.strerror}; choose another") from error
     how = [FORMAT_VERSION, asked.format, tokenizer_digest(tokenizer), template.source, length]
-    key = digest_of([*how, _contents(asked, cache)])
+    key = digest_of([*how, *([heldout] if heldout else []), _contents(asked, cache)])
     target = cache / "conversations" / key[:32]
     if not (target / META).is_file():
-        _build(target, key, asked, tokenizer, template, length, cache, progress or _ignore)
+        _build(target, key, asked, tokenizer, template, length, heldout, cache, progress or _ignore)
     return ConversationCorpus(target)
 
 
@@ -97,6 +101,7 @@ def _build(
     tokenizer: Any,
     template: ChatTemplate,
     length: int,
+    heldout: float,
     cache: Path,
     progress: Callable[[int], None],
 ) -> None:
@@ -104,31 +109,53 @@ def _build(
     stamps = [file_stamp(path) for path in files]
     forms: list[str] = []
     conversations = read_conversations(asked, forms.append, cache=cache / "hub")
-    dtype = token_dtype(tokenizer)
+    dtype, read = token_dtype(tokenizer), 0
     with atomic_directory(target, overwrite=target.exists()) as partial:
         with ExitStack() as stack:
-            ids, learned = (
-                cast(BinaryIO, stack.enter_context((partial / name).open("wb"))) for name in (IDS, LEARNED)
-            )
-            pile = _Pile(length, dtype, ids, learned)
+            trained = stack.enter_context(_piling(partial, length, dtype))
+            held = stack.enter_context(_piling(partial / HELDOUT, length, dtype)) if heldout else None
             while some := list(itertools.islice(conversations, _AT_ONCE)):
-                pile.add(len(some), _encode(some, template, tokenizer))
-                progress(pile.read)
-        counts = pile.counts()
-        if not counts.kept:
-            raise DataError(f"{asked.label}: nothing to learn in its {counts.read:,} conversations")
-        (partial / ENDS).write_bytes(np.cumsum(np.asarray(pile.sizes, dtype=np.int64)).tobytes())
+                answered = _lay_out(some, template, tokenizer)
+                trained.unanswered += len(some) - len(answered)
+                for pile, laid in (
+                    (trained, _side(answered, heldout, False)),
+                    (held, _side(answered, heldout, True)),
+                ):
+                    if pile is not None and laid:
+                        pile.add(encode_conversations(laid, template, tokenizer))
+                progress(read := read + len(some))
         meta = {"format_version": FORMAT_VERSION, "digest": key, "dtype": dtype.name, "forms": forms}
-        (partial / META).write_text(json.dumps({**meta, "counts": asdict(counts)}, indent=1) + "\n")
+        trained.write(partial, meta)
+        if held is not None:
+            held.write(partial / HELDOUT, meta | {"digest": f"{key}/{HELDOUT}"})
+        _check(asked.label, trained, held, heldout)
         for path, stamp in zip(files, stamps, strict=True):
             if file_stamp(path) != stamp:
                 raise DataError(f"{path}: changed while it was read; start again when it is complete")
 
 
-def _encode(some: list[Conversation], template: ChatTemplate, tokenizer: Any) -> list[Encoded]:
+def _side(laid: list[Laid], heldout: float, kept_out: bool) -> list[Laid]:
+    """Choose what is kept out, or what is not."""
+    return [one for one in laid if (bool(heldout) and is_heldout(one.text, heldout)) == kept_out]
+
+
+def _check(label: str, trained: "_Pile", held: "_Pile | None", heldout: float) -> None:
+    if not trained.sizes and not (held and held.sizes):
+        raise DataError(f"{label}: nothing to learn in its {trained.counts().read:,} conversations")
+    if held is not None:
+        check_sides(len(trained.sizes), len(held.sizes), heldout, label, "change sft.heldout")
+
+
+def _lay_out(some: list[Conversation], template: ChatTemplate, tokenizer: Any) -> list[Laid]:
     laid: Iterator[Laid | None] = (lay_out(one, template, tokenizer) for one in some)
-    answered = [one for one in laid if one is not None]
-    return encode_conversations(answered, template, tokenizer) if answered else []
+    return [one for one in laid if one is not None]
+
+
+@contextmanager
+def _piling(directory: Path, length: int, dtype: np.dtype[Any]) -> Iterator["_Pile"]:
+    directory.mkdir(exist_ok=True)
+    with (directory / IDS).open("wb") as ids, (directory / LEARNED).open("wb") as learned:
+        yield _Pile(length, dtype, ids, learned)
 
 
 class _Pile:
@@ -138,10 +165,9 @@ class _Pile:
         self._most, self._dtype, self._ids, self._learned = length + 1, dtype, ids, learned
         self.sizes: list[int] = []
         self._lengths: list[int] = []
-        self.read = self._trained = self._cut = self._cut_tokens = self._lost = self._torn = 0
+        self.unanswered = self._trained = self._cut = self._cut_tokens = self._lost = self._torn = 0
 
-    def add(self, read: int, encoded: list[Encoded]) -> None:
-        self.read += read
+    def add(self, encoded: list[Encoded]) -> None:
         for one in encoded:
             ids, learned = one.ids[: self._most], one.trained[: self._most]
             self._lengths.append(len(one.ids))
@@ -156,13 +182,19 @@ class _Pile:
                 self._trained += int(learned.sum())
                 self.sizes.append(len(ids))
 
+    def write(self, directory: Path, meta: dict[str, Any]) -> None:
+        """Write what the ids and flags, which lie there already, are."""
+        (directory / ENDS).write_bytes(np.cumsum(np.asarray(self.sizes, dtype=np.int64)).tobytes())
+        counts = {"counts": asdict(self.counts())}
+        (directory / META).write_text(json.dumps(meta | counts, indent=1) + "\n")
+
     def counts(self) -> ConversationCounts:
         lengths = np.sort(np.asarray(self._lengths or [0]))
         last = len(lengths) - 1
         return ConversationCounts(
-            read=self.read,
+            read=self.unanswered + len(self._lengths),
             kept=len(self.sizes),
-            unanswered=self.read - len(self._lengths),
+            unanswered=self.unanswered,
             cut=self._cut,
             cut_tokens=self._cut_tokens,
             lost=self._lost,

@@ -7,11 +7,13 @@
       learned.bin           a byte an id: whether the assistant says it
       ends.bin              int64: where each conversation ends
       conversations.json    what the directory holds
+      heldout/              the same four of the conversations that are kept out, where a share of them is
 
 KEY hashes all that decides the content: the bytes of the files, the form they are read in, the tokenizer's
-behaviour, the chat template and the length of a window.
+behaviour, the chat template, the length of a window and the share kept out.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +30,7 @@ META: Final = "conversations.json"
 IDS: Final = "ids.bin"
 LEARNED: Final = "learned.bin"
 ENDS: Final = "ends.bin"
+HELDOUT: Final = "heldout"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,19 @@ class ConversationCorpus:
             _map(directory / ENDS, np.dtype(np.int64), self.counts.kept), dtype=np.int64
         )
         self.tokens, self.documents = self.counts.tokens, self.counts.kept
+
+    @property
+    def heldout(self) -> "ConversationCorpus | None":
+        """The conversations kept out of training."""
+        directory = self.directory / HELDOUT
+        return ConversationCorpus(directory) if directory.is_dir() else None
+
+    def documents_read(self) -> Iterator[tuple[Tokens, npt.NDArray[np.bool_]]]:
+        """Yield the ids of each conversation, and which of them the assistant says."""
+        begin = 0
+        for end in self.document_ends.tolist():
+            yield self.read(begin, end - begin), self.learned(begin, end - begin)
+            begin = end
 
     def read(self, position: int, count: int) -> Tokens:
         """Return `count` ids from `position` on, read in a circle."""

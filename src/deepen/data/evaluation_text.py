@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from deepen.data.corpus import Tokens
 from deepen.data.tokens import encode
@@ -28,6 +29,7 @@ class EvaluationText:
         document: number of the document a window is from, in reading order.
         bytes: UTF-8 bytes of the text a window predicts; over a whole document they sum to its size.
         digest: hash of the ids and their cut.
+        counted: which of `window[1:]` are scored, bool; None: all of them.
     """
 
     task: str
@@ -36,11 +38,24 @@ class EvaluationText:
     document: list[int]
     bytes: list[int]
     digest: str
+    counted: list[npt.NDArray[np.bool_]] | None = None
+
+    @property
+    def predicted(self) -> list[int]:
+        """Predicted tokens of each window."""
+        if self.counted is not None:
+            return [int(np.count_nonzero(counted)) for counted in self.counted]
+        return [len(window) - 1 for window in self.windows]
 
     @property
     def tokens(self) -> int:
         """Predicted tokens."""
-        return sum(len(window) - 1 for window in self.windows)
+        return sum(self.predicted)
+
+    def share(self, rank: int, size: int) -> "EvaluationText":
+        """Return every `size`-th window from number `rank` on, for one of several processes to score."""
+        counted = None if self.counted is None else self.counted[rank::size]
+        return replace(self, windows=self.windows[rank::size], counted=counted)
 
 
 def load_evaluation_text(
@@ -86,6 +101,44 @@ def load_evaluation_text(
         raise DataError(f"{task}: nothing to evaluate: no document has two tokens")
     return EvaluationText(
         task=task, role=role, windows=windows, document=numbers, bytes=sizes, digest=_digest(windows, numbers)
+    )
+
+
+def score_answers(
+    conversations: Iterable[tuple[Tokens, npt.NDArray[np.bool_]]],
+    tokenizer: Any,
+    *,
+    task: str,
+    max_tokens: int,
+) -> EvaluationText:
+    """Make a text of conversations of which the answers alone are scored, a window each.
+
+    Args:
+        conversations: ids of each, and which of them the assistant says.
+        tokenizer: tells how many bytes of text the answers are.
+        task: name in results; the role is `domain`.
+        max_tokens: reading stops with the conversation that reaches this number of ids.
+    """
+    windows: list[Tokens] = []
+    counted: list[npt.NDArray[np.bool_]] = []
+    sizes: list[int] = []
+    for ids, learned in conversations:
+        if sum(map(len, windows)) >= max_tokens:
+            break
+        windows.append(ids)
+        counted.append(learned[1:])
+        answers = tokenizer.decode(ids[1:][learned[1:]].tolist(), skip_special_tokens=True)
+        sizes.append(len(answers.encode()))
+    numbers = list(range(len(windows)))
+    flags = [counts.astype(np.int64) for counts in counted]
+    return EvaluationText(
+        task=task,
+        role="domain",
+        windows=windows,
+        document=numbers,
+        bytes=sizes,
+        digest=_digest([*windows, *flags], [*numbers, *numbers]),
+        counted=counted,
     )
 
 

@@ -20,6 +20,8 @@ from deepen.evaluation.windows import (
     vocabulary,
 )
 
+Flags = NDArray[np.bool_]
+
 Progress = Callable[[int, int], None]
 """Called with (windows scored, windows to score)."""
 
@@ -44,11 +46,16 @@ def evaluate_texts(
         TrainingError: as `score_windows`.
     """
     windows = [window for text in texts for window in text.windows]
+    counted: list[Flags | None] = []
+    for text in texts:
+        counted += text.counted or [None] * len(text.windows)
     tasks = [text.task for text in texts]
     if twice := {task for task in tasks if tasks.count(task) > 1}:
         raise DataError(f"evaluate: more than one text is called {', '.join(sorted(twice))}; give them names")
     # One call for all texts, so that their odds and ends share batches.
-    nll = score_windows(model, windows, batch_tokens=batch_tokens, autocast=autocast, progress=progress)
+    nll = score_windows(
+        model, windows, counted, batch_tokens=batch_tokens, autocast=autocast, progress=progress
+    )
     ends = np.cumsum([len(text.windows) for text in texts])
     return dict(zip(tasks, np.split(nll, ends[:-1]), strict=True)) if tasks else {}
 
@@ -57,12 +64,13 @@ def evaluate_texts(
 def score_windows(
     model: Any,
     windows: Sequence[NDArray[np.int64]],
+    counted: Sequence[Flags | None] | None = None,
     *,
     batch_tokens: int = 16384,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """Sum the negative log-likelihood of each window's tokens after its first.
+    """Sum the negative log-likelihood of each window's tokens after its first, or of some of them.
 
     Windows of like length share a batch, padded at the end: under causal attention no token sees the padding,
     so a result does not depend on its neighbours beyond rounding. A batch that does not fit the memory is
@@ -72,6 +80,7 @@ def score_windows(
     Args:
         model: a `PreTrainedModel` for causal language modelling, on any device.
         windows: token ids, each of shape (length,); a window of one token scores 0.
+        counted: which of each window's tokens after its first count, (length - 1,); None: all.
         batch_tokens: tokens, padding included, in one forward pass; fewer where the vocabulary is large.
         autocast: compute type on the model's device; None computes in the weights' own.
         progress: called after each batch.
@@ -92,7 +101,8 @@ def score_windows(
         pending = list(batches(windows, min(batch_tokens, _MOST_LOGITS // vocabulary(model))))
         while pending:
             batch = pending[0]
-            scored = _score_if_it_fits(model, [windows[index] for index in batch], device)
+            chosen = [counted[index] if counted else None for index in batch]
+            scored = _score_if_it_fits(model, [windows[index] for index in batch], chosen, device)
             if scored is None:
                 pending = halved(pending)
                 continue
@@ -110,11 +120,14 @@ def score_windows(
 
 
 def _score_if_it_fits(
-    model: Any, windows: Sequence[NDArray[np.int64]], device: torch.device
+    model: Any,
+    windows: Sequence[NDArray[np.int64]],
+    counted: Sequence[Flags | None],
+    device: torch.device,
 ) -> NDArray[np.float64] | None:
     """Score a batch; None where the memory runs out, and with the tensors that filled it let go."""
     try:
-        return _score(model, windows, device)
+        return _score(model, windows, counted, device)
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
@@ -124,11 +137,18 @@ def _score_if_it_fits(
     return None
 
 
-def _score(model: Any, windows: Sequence[NDArray[np.int64]], device: torch.device) -> NDArray[np.float64]:
+def _score(
+    model: Any,
+    windows: Sequence[NDArray[np.int64]],
+    counted: Sequence[Flags | None],
+    device: torch.device,
+) -> NDArray[np.float64]:
     ids = padded(windows)
     labels = torch.full_like(ids, _IGNORED)
-    for row, window in enumerate(windows):
+    for row, (window, flags) in enumerate(zip(windows, counted, strict=True)):
         labels[row, : len(window) - 1] = ids[row, 1 : len(window)]
+        if flags is not None:
+            labels[row, : len(window) - 1][torch.from_numpy(~flags)] = _IGNORED
     # The last column predicts nothing, so it is not computed.
     logits = model(input_ids=ids[:, :-1].to(device), use_cache=False).logits
     losses = _cross_entropy(logits.flatten(0, 1), labels[:, :-1].flatten().to(device))

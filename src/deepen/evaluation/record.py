@@ -143,7 +143,7 @@ def _text_result(
 
     items = Items(
         unit=unit,
-        tokens=total([len(window) - 1 for window in text.windows]).astype(int).tolist(),
+        tokens=total(text.predicted).astype(int).tolist(),
         bytes=total(text.bytes).astype(int).tolist(),
         nll=total(nll).tolist(),
         base_nll=None if base_nll is None else total(base_nll).tolist(),

@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint, atomic_directory
 from deepen.config import LoraSection
-from deepen.errors import OutputError
+from deepen.errors import OutputError, TrainingError
 from deepen.expansion import Progress
 from deepen.methods.full import Full
 from deepen.methods.method import nearest, widen
+from deepen.model import find_expansion, new_parameters
+from deepen.model.structure import family_of
 
 ADAPTER: Final = "adapter"
 
@@ -32,7 +34,11 @@ class Lora:
         self._section, self._match = section, match_parameters
 
     def prepare(self, model: PreTrainedModel) -> dict[str, nn.Parameter]:
-        """Add the adapter, which begins as nothing: B is zero."""
+        """Add the adapter, which begins as nothing: B is zero.
+
+        Raises:
+            TrainingError: no gradient would ever reach the adapter of a new block.
+        """
         from peft import LoraConfig
 
         model.requires_grad_(False)
@@ -47,6 +53,7 @@ class Lora:
             task_type="CAUSAL_LM",
         )
         model.add_adapter(config)
+        _check_reached(model)
         return widen({name: p for name, p in model.named_parameters() if p.requires_grad})
 
     def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
@@ -82,3 +89,25 @@ class Lora:
         head = model.get_output_embeddings()
         linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
         return nearest(self._match, sum(m.in_features + m.out_features for m in linears))
+
+
+def _check_reached(model: PreTrainedModel) -> None:
+    """Refuse new blocks that write nothing and are not given anything to write by their adapter.
+
+    A matrix that is zero is: its B gets a gradient, and then so does all before it. A gain is not.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if find_expansion(model) is None:
+        return
+    family = family_of(model)
+    for name, parameter in new_parameters(model).items():
+        place = family.split(name.replace(".base_layer.", "."))
+        value = family.fill(place[1]) if place else None
+        owner = model.get_submodule(name.rpartition(".")[0].removesuffix(".base_layer"))
+        if value is not None and not isinstance(owner, BaseTunerLayer) and bool((parameter == value).all()):
+            raise TrainingError(
+                f"lora: new block {place[0] if place else ''} is untrained and its {name.rpartition('.')[2]} "
+                f"({name}) has no adapter, so no gradient would reach the block's\n"
+                "train the new blocks first, or tune with trainable: new or all"
+            )

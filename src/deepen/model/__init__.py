@@ -6,6 +6,7 @@ from deepen.model.fingerprint import (
     base_names,
     base_tensors,
     live_fingerprint,
+    model_tensors,
     packed_fingerprint,
 )
 from deepen.model.freeze import freeze_base, trainable_parameters
@@ -15,6 +16,7 @@ from deepen.model.pack import load, save_blocks
 from deepen.model.packed import packed_layers
 from deepen.model.quantised import check_quantisation, load_quantised
 from deepen.model.record import expansion_of, find_expansion, new_parameters, new_tensors
+from deepen.model.state import settle_base
 from deepen.model.switch import activate, attach, attached, bypass, detach
 from deepen.model.tensors import save_tensors
 
@@ -41,6 +43,7 @@ __all__ = [
     "live_fingerprint",
     "load",
     "load_quantised",
+    "model_tensors",
     "new_parameters",
     "new_tensors",
     "packed_fingerprint",
@@ -49,5 +52,6 @@ __all__ = [
     "probe_logits",
     "save_blocks",
     "save_tensors",
+    "settle_base",
     "trainable_parameters",
 ]

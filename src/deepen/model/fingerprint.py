@@ -72,6 +72,12 @@ def base_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str,
     return {name: t for named in _base_parts(model, repeated=repeated) for name, t in named.items()}
 
 
+def model_tensors(model: PreTrainedModel, *, repeated: bool = False) -> dict[str, torch.Tensor]:
+    """Return all tensors of a live model, new blocks' too, as `base_tensors` does the base's."""
+    parts = _parts(model, None, repeated=repeated)
+    return {name: tensor for named in parts for name, tensor in named.items()}
+
+
 def base_names(model: PreTrainedModel, *, packed: bool = True) -> set[str]:
     """Return the names of `base_tensors`, tied ones under both, at no cost.
 

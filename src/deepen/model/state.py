@@ -125,6 +125,14 @@ def forget_state(model: PreTrainedModel) -> None:
     vars(model).pop(_ATTRIBUTE, None)
 
 
+def settle_base(model: PreTrainedModel) -> None:
+    """Take a model as it stands for a base: new blocks that its files record are no longer new."""
+    state = State(
+        base=tuple(blocks_of(model, family_of(model))), config=depth_config(model, family_of(model))
+    )
+    set_state(model, state)
+
+
 def base_state(model: PreTrainedModel) -> State:
     """Return the state to which another pack can be added: the model as it stands is its base."""
     state, family = find_state(model), family_of(model)

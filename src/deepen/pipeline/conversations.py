@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from deepen.config import SftSection
 from deepen.data.batches import Mixture
 from deepen.data.chat import ChatTemplate, choose_template
 from deepen.data.conversation_build import mix_conversations, prepare_conversations
 from deepen.data.conversation_corpus import ConversationCorpus
+from deepen.data.evaluation_text import EvaluationText, score_answers
 from deepen.errors import RecipeError
 from deepen.pipeline.reporter import Reporter
-
-# arXiv 2401.02415, section 4.1.
-_PAPER_LENGTH: Final = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,38 +19,28 @@ class Conversations:
     """What is tuned on.
 
     Attributes:
+        labels: names of the sets.
         template: how messages become one text.
         corpora: one a set.
         mixture: where batches come from.
     """
 
+    labels: list[str]
     template: ChatTemplate
     corpora: list[ConversationCorpus]
     mixture: Mixture
 
-
-def window_length(section: SftSection, config: dict[str, Any]) -> int:
-    """Return the tokens of a window: those asked for, or the paper's as far as the base has positions.
-
-    Args:
-        section: what was asked.
-        config: the base's config.json.
-
-    Raises:
-        RecipeError: the base has fewer positions than that.
-    """
-    positions = config.get("max_position_embeddings")
-    most = positions if isinstance(positions, int) else None
-    asked = section.sequence_length
-    if asked is None:
-        return min(_PAPER_LENGTH, most or _PAPER_LENGTH)
-    if most is not None and asked > most:
-        raise RecipeError(f"sft.sequence_length: {asked} is more than the base's {most} positions")
-    return asked
+    def heldout(self, tokenizer: Any, max_tokens: int) -> list[EvaluationText]:
+        """Return the conversations kept out of tuning, to have their answers scored."""
+        return [
+            score_answers(held.documents_read(), tokenizer, task=f"{label}-heldout", max_tokens=max_tokens)
+            for label, corpus in zip(self.labels, self.corpora, strict=True)
+            if (held := corpus.heldout)
+        ]
 
 
 def prepare_sft(
-    section: SftSection, tokenizer: Any, length: int, seed: int, cache: Path, reporter: Reporter
+    section: SftSection, tokenizer: Any, length: int, cache: Path, reporter: Reporter
 ) -> Conversations:
     """Read, tokenise and pack the conversations; what form they have and what is cut is said.
 
@@ -73,12 +61,20 @@ def prepare_sft(
             template,
             length,
             cache=cache,
+            heldout=section.heldout,
             progress=lambda done: reporter.progress(done, None, "conversations"),
         )
-        for line in [*corpus.forms, f"{asked.label}: {corpus.counts.line()}"]:
+        for line in [*corpus.forms, f"{asked.label}: {corpus.counts.line()}", *_kept_out(corpus)]:
             reporter.note(line)
         corpora.append(corpus)
     weighted = [(corpus, one.weight) for corpus, one in zip(corpora, section.data, strict=True)]
     return Conversations(
-        template=template, corpora=corpora, mixture=mix_conversations(weighted, length, seed)
+        labels=labels,
+        template=template,
+        corpora=corpora,
+        mixture=mix_conversations(weighted, length, section.seed),
     )
+
+
+def _kept_out(corpus: ConversationCorpus) -> list[str]:
+    return [f"kept out of tuning: {held.counts.line()}"] if (held := corpus.heldout) else []

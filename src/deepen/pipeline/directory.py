@@ -18,10 +18,12 @@ from deepen.records import RunResult, read_record
 # What may differ between a run and its continuation, on another machine for instance: it changes the result
 # by rounding at most.
 _HOW: Final = (
-    *(("data", "cache"), ("data", "workers")),
-    *(("train", "micro_batch"), ("train", "device"), ("train", "parallel"), ("train", "compile")),
-    ("train", "prefix_cache"),
-    *(("train", "checkpoint_every"), ("train", "keep_checkpoints")),
+    *(("data", "cache"), ("data", "workers"), ("sft", "cache"), ("train", "prefix_cache")),
+    *(
+        (stage, key)
+        for stage in ("train", "sft")
+        for key in ("micro_batch", "device", "parallel", "compile", "checkpoint_every", "keep_checkpoints")
+    ),
 )
 
 
@@ -67,6 +69,16 @@ class RunDirectory:
         return self.root / "findings.json"
 
     @property
+    def tuning(self) -> "RunDirectory":
+        """The run that tunes what this one trained."""
+        return RunDirectory(self.root / "sft")
+
+    @property
+    def stages(self) -> Path:
+        """The page that compares the two."""
+        return self.root / "stages.html"
+
+    @property
     def result(self) -> Path:
         """Written last: with it, the run is finished."""
         return self.root / "result.json"
@@ -81,11 +93,11 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunResult | N
 
     Raises:
         OutputError: it exists and is not this run, or is this run unfinished and `resume` was not asked for;
-            or it overlaps the base.
+            or it overlaps the base or the pack.
     """
     directory = RunDirectory(Path(recipe.output))
-    if os.path.isdir(recipe.base):
-        check_apart(directory.root, (Path(recipe.base),))
+    named = (recipe.base, recipe.pack)
+    check_apart(directory.root, tuple(Path(each) for each in named if each and os.path.isdir(each)))
     if not directory.root.exists():
         return None
     if not directory.recipe.exists():
@@ -100,6 +112,8 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunResult | N
             "choose another output, or start anew with --overwrite"
         )
     finished = directory.finished()
+    if recipe.train and recipe.sft and directory.tuning.finished() is None:
+        finished = None
     if finished is None and not resume:
         raise OutputError(
             f"{directory.root}: holds this run, unfinished; continue with --resume, or --overwrite it"
@@ -160,10 +174,13 @@ def _clear(directory: RunDirectory) -> None:
     """
     try:
         directory.result.unlink(missing_ok=True)
-        for folder in ("checkpoints", "evaluation", "blocks", "model", "adapter", "tensorboard"):
+        for folder in ("sft", "checkpoints", "evaluation", "blocks", "model", "adapter", "tensorboard"):
             if (directory.root / folder).exists():
                 shutil.rmtree(directory.root / folder)
-        for name in ("report.html", "README.md", "environment.json", "findings.json", "metrics.jsonl"):
+        for name in (
+            *("report.html", "stages.html", "README.md"),
+            *("environment.json", "findings.json", "metrics.jsonl"),
+        ):
             (directory.root / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{error.filename}: cannot be removed: {error.strerror}") from None
@@ -187,7 +204,8 @@ def _difference(path: Path, recipe: Recipe) -> str | None:
     for tree in (held, asked):
         del tree["output"]
         for section, key in _HOW:
-            del tree[section][key]
+            if tree[section] is not None:
+                del tree[section][key]
     return _first_difference(held, asked, "")
 
 

@@ -35,13 +35,11 @@ class RunLog:
         recipe = plan.recipe.model_dump(mode="json")
         self._stack = ExitStack()
         # First of all: a package that is not installed is said before anything is written.
-        self._show = self._stack.enter_context(
-            open_sinks(plan.recipe.train.log, directory.root, recipe, first)
-        )
+        self._show = self._stack.enter_context(open_sinks(plan.train.log, directory.root, recipe, first))
         self.metrics = metrics = MetricsLog(directory.metrics, resume_after=first or -1)
         self._stack.enter_context(closing(metrics))
-        self._sources = [source.label for source in plan.recipe.data.sources]
-        self._step_tokens = plan.windows * plan.recipe.data.sequence_length
+        self._sources = plan.labels
+        self._step_tokens = plan.windows * plan.length
         steps = [line for line in metrics.kept if "loss" in line]
         self.seconds: float = steps[-1]["seconds"] if steps else 0.0
         self._source_tokens: dict[str, int] = (

@@ -22,10 +22,10 @@ def fit_memory(plan: RunPlan, trainee: Trainee, world: World, reporter: Reporter
     A micro-batch of the run's size is run forward, one block's activations in memory at a time, and what is
     left of the memory after gradients and optimiser decides (`train.recompute: auto`).
     """
-    model, mode = trainee.model, plan.recipe.train.recompute
+    model, mode = trainee.model, plan.train.recompute
     blocks = list(blocks_of(model, family_of(model)))
     if mode != "none":
-        shape = (plan.micro_batch, plan.recipe.data.sequence_length)
+        shape = (plan.micro_batch, plan.length)
         tokens = torch.zeros(shape, dtype=torch.long, device=model.device)
         computing = torch.autocast(model.device.type, dtype=trainee.autocast) if trainee.autocast else None
 
@@ -45,6 +45,6 @@ def fit_memory(plan: RunPlan, trainee: Trainee, world: World, reporter: Reporter
         recompute([blocks[index] for index in chosen])
         if chosen:
             reporter.note(f"computed again in the backward pass: blocks {', '.join(map(str, chosen))}")
-    if plan.recipe.train.compile:
+    if plan.train.compile:
         for block in blocks:
             block.compile()

@@ -30,8 +30,8 @@ def choose_place(plan: RunPlan, world: World) -> Place:
     Raises:
         TrainingError: the device cannot be used.
     """
-    device = _device(plan.recipe.train.device, world)
-    asked = plan.recipe.train.parallel
+    device = _device(plan.train.device, world)
+    asked = plan.train.parallel
     if world.control is None:
         return Place(device, "ddp")
     if asked == "auto":
@@ -40,7 +40,7 @@ def choose_place(plan: RunPlan, world: World) -> Place:
 
 
 def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
-    train = plan.recipe.train
+    train = plan.train
     if device.type != "cuda" or train.quantise != "none" or train.optimizer == "adamw_8bit":
         return "ddp"
     counts = plan.parameters
@@ -69,7 +69,7 @@ def _device(name: str, world: World) -> torch.device:
 
 def compute_precision(plan: RunPlan, device: torch.device) -> str:
     """Return `bf16` or `fp32`."""
-    asked = plan.recipe.train.precision
+    asked = plan.train.precision
     if asked == "auto":
         return "fp32" if device.type == "cpu" else "bf16"
     return asked

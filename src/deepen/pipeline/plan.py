@@ -1,35 +1,59 @@
 """Everything that can be decided, or be wrong, before a run costs anything."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
+from deepen.blocks import Pack, check_pack, open_pack
 from deepen.checkpoint import fast_fingerprint, resolve_base
-from deepen.config import EvaluateSection, ExpandSection, Recipe, TextSet
+from deepen.config import EvaluateSection, Place, Recipe, SftSection, TrainSection
 from deepen.data.files import find_files
-from deepen.errors import DataError, DeepenError, RecipeError
+from deepen.errors import DeepenError, RecipeError
 from deepen.evaluation.suites import task_specs
-from deepen.expansion import Base, Layout, count_parameters, least_important, open_base, plan_layout
+from deepen.expansion import Base, Layout, count_parameters, open_base
 from deepen.families import Family
-from deepen.records import ImportanceRecord, Parameters, read_record
+from deepen.pipeline.placement import place_blocks
+from deepen.records import Parameters
 
 if TYPE_CHECKING:
     from deepen.data.batches import Mixture
 
-_MICRO_TOKENS = 16_384
+_MICRO_TOKENS: Final = 16_384
+# arXiv 2401.02415, section 4.1.
+_PAPER_LENGTH: Final = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outline:
+class Stage:
+    """What a run trains on and how: texts, or conversations.
+
+    Attributes:
+        name: the section of the recipe that says so.
+        train: how; of conversations, the same in words of training on texts.
+        length: tokens in a window.
+        labels: names of the sources.
+        document_masks: whether no document sees another.
+    """
+
+    name: Literal["train", "sft"]
+    train: TrainSection
+    length: int
+    labels: tuple[str, ...]
+    document_masks: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline(Stage):
     """A recipe resolved against the world, but for what only its tokenised texts tell.
 
     Attributes:
         recipe: what was asked.
         base: the base as it lies on disk, and its family.
         fingerprint: the base's, fast.
-        layout: where new blocks go; None for methods that add none.
+        layout: where new blocks go, or are those of the pack; None for methods that add none.
+        pack: what is put on the base first.
         parameters: counted from the base's headers; tied tensors once.
         windows: windows in one optimiser step.
         micro_batch: windows in one forward pass.
@@ -40,6 +64,7 @@ class Outline:
     base: Base
     fingerprint: str
     layout: Layout | None
+    pack: Path | None
     parameters: Parameters
     windows: int
     micro_batch: int
@@ -55,13 +80,18 @@ class Outline:
         """Least disk space of the run: the checkpoints kept and the one being written.
 
         Each holds what trains and AdamW's two moments, in fp32. There is one even where steps are not known.
+        Those of tuning afterwards stand beside them.
         """
-        train, steps = self.recipe.train, self.known_steps or 1
+        train, steps, trainable = self.train, self.known_steps or 1, self.parameters.trainable or 0
         written = math.ceil(steps / (train.checkpoint_every or _tenth(steps)))
-        return min(train.keep_checkpoints + 1, written) * 12 * (self.parameters.trainable or 0)
+        tuned = 0
+        if self.name == "train" and self.recipe.sft:
+            everything = self.parameters.base + self.parameters.new
+            tuned = {"all": everything, "new": self.parameters.new, "lora": 0}[self.recipe.sft.trainable]
+        return 12 * (min(train.keep_checkpoints + 1, written) * trainable + tuned)
 
     def _in_tokens(self, steps: int) -> int:
-        return steps * self.windows * self.recipe.data.sequence_length
+        return steps * self.windows * self.length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +127,11 @@ def plan_run(recipe: Recipe) -> Outline:
     base = open_base(resolve_base(recipe.base))
     faults: list[str] = []
     fingerprint = fast_fingerprint(base.checkpoint)
-    layout = _layout(recipe, base.depth, fingerprint, faults)
+    pack = _open_pack(recipe, base, faults)
+    layout = pack.expansion.layout if pack else _layout(recipe, base.depth, fingerprint, faults)
     _check_length(recipe, base, faults)
-    if recipe.train.prefix_cache != "none" and layout and 0 in layout.new_indices:
+    if recipe.train and recipe.train.prefix_cache != "none" and layout and 0 in layout.new_indices:
         faults.append("train.prefix_cache: has nothing to keep: a new block stands at the bottom")
-    if recipe.sft is not None:
-        faults.append("sft: cannot be trained on yet, only looked at with `deepen data preview`; remove it")
     for place, text in _texts(recipe):
         if text.path is not None:
             _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]
@@ -110,24 +139,83 @@ def plan_run(recipe: Recipe) -> Outline:
     _check_tasks(recipe.evaluate, faults)
     if faults:
         raise RecipeError("\n".join(faults))
-    windows = windows_per_step(recipe)
-    tokens = recipe.train.tokens
-    micro = recipe.train.micro_batch or max(1, _MICRO_TOKENS // recipe.data.sequence_length)
+    stage = _stage(recipe, base)
+    train, windows = stage.train, max(1, round(stage.train.batch_tokens / stage.length))
+    micro = train.micro_batch or max(1, _MICRO_TOKENS // stage.length)
     return Outline(
+        **vars(stage),
         recipe=recipe,
         base=base,
         fingerprint=fingerprint,
         layout=layout,
-        parameters=_count(recipe, base, layout),
+        pack=pack.directory if pack else None,
+        parameters=_count(train, base, layout),
         windows=windows,
         micro_batch=min(micro, windows),
-        known_steps=math.ceil(tokens / (windows * recipe.data.sequence_length)) if tokens else None,
+        known_steps=math.ceil(train.tokens / (windows * stage.length)) if train.tokens else None,
     )
+
+
+def _stage(recipe: Recipe, base: Base) -> Stage:
+    """Say what comes first: training, or tuning where there is none."""
+    if recipe.train is None:
+        assert recipe.sft is not None  # the recipe has either
+        length = window_length(recipe.sft, base.checkpoint.config)
+        return Stage(
+            name="sft",
+            train=recipe.sft.as_training(length),
+            length=length,
+            labels=tuple(one.label for one in recipe.sft.data),
+            document_masks=True,
+        )
+    data, train = recipe.training()
+    return Stage(
+        name="train",
+        train=train,
+        length=data.sequence_length,
+        labels=tuple(source.label for source in data.sources),
+        document_masks=data.document_masks,
+    )
+
+
+def window_length(section: SftSection, config: Mapping[str, Any]) -> int:
+    """Return the tokens of a window of conversations: as asked, or the paper's as far as the base goes.
+
+    Args:
+        section: what was asked.
+        config: the base's config.json.
+
+    Raises:
+        RecipeError: the base has fewer positions than that.
+    """
+    positions = config.get("max_position_embeddings")
+    most = positions if isinstance(positions, int) else None
+    asked = section.sequence_length
+    if asked is None:
+        return min(_PAPER_LENGTH, most or _PAPER_LENGTH)
+    if most is not None and asked > most:
+        raise RecipeError(f"sft.sequence_length: {asked} is more than the base's {most} positions")
+    return asked
+
+
+def tuning_recipe(recipe: Recipe) -> Recipe:
+    """Return what tunes after training, as a recipe of its own: in `sft/`, on the pack that training left."""
+    assert recipe.sft is not None
+    keeps = recipe.sft.trainable == "new"
+    evaluate = recipe.evaluate.model_copy(update={"shift": recipe.evaluate.shift and keeps})
+    changes = {
+        "output": str(Path(recipe.output) / "sft"),
+        "expand": None,
+        "pack": str(Path(recipe.output) / "blocks"),
+        "train": None,
+        "evaluate": evaluate,
+    }
+    return recipe.model_copy(update=changes)
 
 
 def count_steps(outline: Outline, mixture: "Mixture") -> RunPlan:
     """Complete an outline by what the tokenised texts tell: how many steps make up the epochs asked for."""
-    train, steps = outline.recipe.train, outline.known_steps
+    train, steps = outline.train, outline.known_steps
     if steps is None:
         assert train.epochs is not None  # the recipe has either
         steps = mixture.steps(train.epochs, outline.windows)
@@ -141,7 +229,8 @@ def count_steps(outline: Outline, mixture: "Mixture") -> RunPlan:
 
 def windows_per_step(recipe: Recipe) -> int:
     """Return how many windows come nearest to `train.batch_tokens`."""
-    return max(1, round(recipe.train.batch_tokens / recipe.data.sequence_length))
+    data, train = recipe.training()
+    return max(1, round(train.batch_tokens / data.sequence_length))
 
 
 def _tenth(steps: int) -> int:
@@ -154,44 +243,38 @@ def _layout(recipe: Recipe, depth: int, fingerprint: str, faults: list[str]) -> 
     return _collect(faults, "expand", lambda: place_blocks(expand, depth, fingerprint))
 
 
-def place_blocks(expand: ExpandSection, depth: int, fingerprint: str) -> Layout:
-    """Decide where a recipe's new blocks go.
+def _open_pack(recipe: Recipe, base: Base, faults: list[str]) -> Pack | None:
+    if recipe.pack is None:
+        return None
 
-    Args:
-        expand: what was asked.
-        depth: blocks of the base.
-        fingerprint: the base's, fast.
+    def opened(name: str = recipe.pack) -> Pack:
+        held = open_pack(name)
+        check_pack(held, base)
+        return held
 
-    Raises:
-        LayoutError: they cannot be placed so.
-        DataError: the record of importance cannot be read, or is of another base.
-    """
-    if expand.placement != "importance":
-        return plan_layout(
-            depth, blocks=expand.blocks, placement=expand.placement, groups=expand.groups, after=expand.after
-        )
-    assert expand.importance is not None  # the recipe has both
-    assert expand.blocks is not None
-    record = read_record(Path(expand.importance), ImportanceRecord)
-    if record.fingerprint != fingerprint:
-        raise DataError(
-            f"{expand.importance}: was measured on {record.model} with fingerprint "
-            f"{record.fingerprint[:16]}…,\nnot on this base, with {fingerprint[:16]}…"
-        )
-    return plan_layout(depth, after=least_important(record.scores, expand.blocks))
+    return _collect(faults, "pack", opened)
 
 
 def _check_length(recipe: Recipe, base: Base, faults: list[str]) -> None:
     longest = base.checkpoint.config.get("max_position_embeddings")
-    if isinstance(longest, int) and recipe.data.sequence_length > longest:
+    if recipe.data and isinstance(longest, int) and recipe.data.sequence_length > longest:
         faults.append(
             f"data.sequence_length: {recipe.data.sequence_length} is more than the base's {longest} positions"
         )
+    if recipe.sft is not None:
+        try:
+            window_length(recipe.sft, base.checkpoint.config)
+        except RecipeError as error:
+            faults.append(str(error))
 
 
-def _texts(recipe: Recipe) -> list[tuple[str, TextSet]]:
+def _texts(recipe: Recipe) -> list[tuple[str, Place]]:
     return [
-        *((f"data.sources.{i}", source) for i, source in enumerate(recipe.data.sources)),
+        *(
+            (f"data.sources.{i}", source)
+            for i, source in enumerate(recipe.data.sources if recipe.data else ())
+        ),
+        *((f"sft.data.{i}", one) for i, one in enumerate(recipe.sft.data if recipe.sft else ())),
         *((f"evaluate.general.{i}", text) for i, text in enumerate(recipe.evaluate.general)),
         *((f"evaluate.domain.{i}", text) for i, text in enumerate(recipe.evaluate.domain)),
     ]
@@ -199,12 +282,18 @@ def _texts(recipe: Recipe) -> list[tuple[str, TextSet]]:
 
 def _check_names(recipe: Recipe, faults: list[str]) -> None:
     evaluated = [text.label for text in (*recipe.evaluate.general, *recipe.evaluate.domain)]
-    if recipe.data.heldout:
-        evaluated += [heldout_name(source) for source in recipe.data.sources]
-    trained = [source.label for source in recipe.data.sources]
-    for where, names in (("evaluate", evaluated), ("data.sources", trained)):
+    trained: dict[str, list[str]] = {}
+    for where, section, sources in (
+        ("data.sources", recipe.data, recipe.data.sources if recipe.data else ()),
+        ("sft.data", recipe.sft, recipe.sft.data if recipe.sft else ()),
+    ):
+        trained[where] = [source.label for source in sources]
+        if section and section.heldout:
+            evaluated += [heldout_name(source) for source in sources]
+    for where, names in (("evaluate", evaluated), *trained.items()):
+        kind = "sets" if where == "sft.data" else "texts"
         for name in sorted({name for name in names if names.count(name) > 1}):
-            faults.append(f"{where}: two texts are called {name}; give one of them another name")
+            faults.append(f"{where}: two {kind} are called {name}; give one of them another name")
 
 
 def _check_tasks(section: EvaluateSection, faults: list[str]) -> None:
@@ -213,7 +302,7 @@ def _check_tasks(section: EvaluateSection, faults: list[str]) -> None:
         faults.append(f"evaluate.local: {section.local}: no such directory of local datasets")
 
 
-def heldout_name(source: TextSet) -> str:
+def heldout_name(source: Place) -> str:
     """Name of the held-out documents of a training source in results."""
     return f"{source.label}-heldout"
 
@@ -231,16 +320,15 @@ def _is_buffer(name: str, family: Family) -> bool:
     return place is not None and family.is_buffer(place[1])
 
 
-def _count(recipe: Recipe, base: Base, layout: Layout | None) -> Parameters:
+def _count(train: TrainSection, base: Base, layout: Layout | None) -> Parameters:
     """Count from the headers; a tied head that the files repeat counts once."""
-    checkpoint, family, train = base.checkpoint, base.family, recipe.train
+    checkpoint, family = base.checkpoint, base.family
     tied = family.tied if family.is_tied(checkpoint.config) else {}
     parameters = (tensor for name, tensor in checkpoint.tensors.items() if name not in tied)
     tensors = [tensor for tensor in parameters if not _is_buffer(tensor.name, family)]
     total = count_parameters(tensors)
-    if layout is None:
-        return Parameters(base=total, new=0, trainable=total if train.method == "full" else None)
-    copied = [block.copy_of for block in layout.new_blocks]
+    copied = [block.copy_of for block in layout.new_blocks] if layout else []
     places = ((family.split(tensor.name), tensor) for tensor in tensors)
     new = sum(count_parameters([tensor]) * copied.count(place[0]) for place, tensor in places if place)
-    return Parameters(base=total, new=new, trainable=new)
+    known = {"full": total + new, "blocks": new}
+    return Parameters(base=total, new=new, trainable=known.get(train.method))

@@ -31,7 +31,7 @@ def open_prefix(
         TrainingError: there is nothing to cache, or it cannot be passed by.
         OutputError: the disk cannot hold it.
     """
-    if plan.recipe.train.prefix_cache == "none":
+    if plan.train.prefix_cache == "none":
         return None
     if world.size > 1:
         raise TrainingError(
@@ -40,7 +40,7 @@ def open_prefix(
         )
     prefix = find_prefix(trainee.model, trainee.autocast)
     path = corpus_cache(plan.recipe) / "prefixes" / f"{_key(plan, trainee, mixture, prefix)[:32]}.states"
-    shape = (plan.recipe.data.sequence_length, *prefix.width)
+    shape = (plan.length, *prefix.width)
     windows = sum(mixture.sizes)
     size = file_bytes(windows, shape, prefix.dtype)
     taken = path.stat().st_blocks * 512 if path.exists() else 0

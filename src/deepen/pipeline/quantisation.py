@@ -95,7 +95,7 @@ def conclude_quantisation(
             scored = _score_unquantised(_unquantised(plan, place), where, trained, texts, reporter)
             found = _losses(texts, scored[0], base_losses, scored[1], losses)
     return QuantisationResult(
-        bits=4 if plan.recipe.train.quantise == "4bit" else 8,
+        bits=4 if plan.train.quantise == "4bit" else 8,
         layers=layers,
         unchanged=True,
         before=trainee.packed,
@@ -126,8 +126,8 @@ def _roomy(plan: RunPlan, place: Place) -> Place | None:
 def _unquantised(plan: RunPlan, place: Place) -> RunPlan:
     """The same run on the base in full precision, computing as this one did wherever that may be."""
     as_before = {"quantise": "none", "precision": compute_precision(plan, place.device)}
-    train = plan.recipe.train.model_copy(update=as_before)
-    return replace(plan, recipe=plan.recipe.model_copy(update={"train": train}))
+    train = plan.train.model_copy(update=as_before)
+    return replace(plan, train=train)
 
 
 def _score_unquantised(

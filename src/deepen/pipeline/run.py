@@ -1,29 +1,32 @@
 """One run from base to evaluated result. The only place where training meets evaluation."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from deepen.blocks import copy_pack
 from deepen.checkpoint import write_file
 from deepen.config import Recipe
+from deepen.data.chat import ChatTemplate, write_template
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import CheckpointError
+from deepen.evaluation import compare_runs
+from deepen.evaluation.memory import collect_memory
 from deepen.evaluation.record import build_record, nats_per_token
 from deepen.expansion import check_space
+from deepen.methods.lora import ADAPTER
 from deepen.model import bypass
+from deepen.pipeline.baseline import Losses, base_losses, hand_on_losses
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.evaluate import evaluate_run
+from deepen.pipeline.material import prepare_material
 from deepen.pipeline.place import choose_place
-from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run
+from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run, tuning_recipe
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.scoring import score_texts, shift_texts
-from deepen.pipeline.texts import corpus_cache, load_evaluation, load_tokenizer, prepare_texts
 from deepen.pipeline.trainee import (
     Trainee,
     assemble_trainee,
@@ -37,22 +40,24 @@ from deepen.pipeline.trainee import (
 from deepen.pipeline.training import train_to_the_end
 from deepen.records import (
     AuditResult,
+    EvaluationRecord,
     Provenance,
     QuantisationResult,
     RunResult,
     TokenShift,
     capture_provenance,
+    read_record,
 )
-from deepen.report import complete_pages
+from deepen.report import complete_pages, write_comparison_page
 from deepen.training.world import World, join_world
-
-Losses = Mapping[str, NDArray[np.float64]]
 
 
 def run_recipe(
     recipe: Recipe | None, *, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None
 ) -> RunResult:
-    """Expand, verify, train, evaluate, audit, save and report. A finished run is returned as it is.
+    """Expand, verify, train, tune, evaluate, audit, save and report. A finished run is returned as it is.
+
+    Tuning that follows training is a run of its own, in `sft/` of the run directory.
 
     Under torchrun every process calls this, and all do what the first one was asked; only that one writes
     and reports.
@@ -62,6 +67,9 @@ def run_recipe(
         resume: continue an unfinished run from its newest valid checkpoint.
         overwrite: replace an earlier run in the same output.
         reporter: told what goes on.
+
+    Returns:
+        The result of training; of tuning where that is all there is.
 
     Raises:
         DeepenError: something is wrong with the recipe, the base, the texts or the output; or the run was
@@ -76,12 +84,39 @@ def run_recipe(
         if finished:
             reporter.note(f"{asked.output}: already finished; nothing to do")
         else:
-            world.first(lambda: check_packages(asked.train))
             outline = world.first_then_rest(lambda: plan_run(asked))
+            world.first(lambda: check_packages(outline.train))
             with _opened(outline, resume, overwrite, world) as directory:
                 finished = _run(outline, directory, world, reporter)
-        world.first(lambda: complete_pages(Path(asked.output)))
+                if asked.train and asked.sft:
+                    _tune(asked, directory, world, reporter)
+        world.first(lambda: _complete(asked, RunDirectory(Path(asked.output))))
     return finished
+
+
+def _tune(recipe: Recipe, trained: RunDirectory, world: World, reporter: Reporter) -> None:
+    """Tune what was trained, or go on with what lies there of it."""
+    asked, directory = tuning_recipe(recipe), trained.tuning
+    if world.first(lambda: check_run(asked, resume=True, overwrite=False)):
+        return
+    collect_memory()
+    outline = world.first_then_rest(lambda: plan_run(asked))
+    world.first(lambda: check_packages(outline.train))
+    begun = world.first(directory.recipe.exists)
+    with _opened(outline, begun, False, world):
+        world.first(lambda: hand_on_losses(trained, directory))
+        _run(outline, directory, world, reporter)
+
+
+def _complete(recipe: Recipe, directory: RunDirectory) -> None:
+    """Write what is missing of the pages."""
+    complete_pages(directory.root)
+    if recipe.train and recipe.sft:
+        complete_pages(directory.tuning.root)
+        heldout = read_record(directory.evaluation / "heldout.json", EvaluationRecord)
+        if heldout.texts and not directory.stages.exists():
+            compared = compare_runs([directory.root, directory.tuning.root], ["trained", "tuned"])
+            write_comparison_page(compared, directory.stages)
 
 
 @contextmanager
@@ -102,30 +137,28 @@ def _opened(plan: Outline, resume: bool, overwrite: bool, world: World) -> Itera
 
 
 def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Reporter) -> RunResult:
-    recipe, cache = outline.recipe, corpus_cache(outline.recipe)
-    tokenizer = load_tokenizer(outline.base.checkpoint.directory)
-    training = world.first_then_rest(lambda: prepare_texts(recipe, tokenizer, cache, reporter))
-    corpora, mixture = training.corpora, training.mixture
+    """Train on what the outline's stage names, unless that is done."""
+    if finished := world.first(directory.finished):
+        return finished
+    recipe, material = outline.recipe, prepare_material(outline, world, reporter)
+    mixture, texts = material.mixture, material.texts
     plan = count_steps(outline, mixture)
-    if recipe.train.epochs:
+    if plan.train.epochs:
         windows = f"{mixture.windows_per_epoch:,} windows"
-        reporter.note(f"{recipe.train.epochs:g} × {windows} an epoch: {plan.steps:,} steps")
-    texts = world.first_then_rest(lambda: load_evaluation(recipe, tokenizer, cache, corpora))
-    data = {source.label: corpus.digest for source, corpus in zip(recipe.data.sources, corpora, strict=True)}
-    if world.is_first and training.findings:
-        found = {"line": training.findings.line(), **training.findings.to_json()}
-        write_file(directory.findings, json.dumps(found, indent=1) + "\n")
-    provenance = capture_provenance(seed=recipe.train.seed, data=data, accelerators=_accelerators())
-    if world.is_first and not directory.environment.exists():
-        write_file(directory.environment, provenance.model_dump_json(indent=1) + "\n")
+        reporter.note(f"{plan.train.epochs:g} × {windows} an epoch: {plan.steps:,} steps")
+    provenance = capture_provenance(seed=plan.train.seed, data=material.digests, accelerators=_accelerators())
+    if world.is_first:
+        material.write_findings(directory.findings)
+        if not directory.environment.exists():
+            write_file(directory.environment, provenance.model_dump_json(indent=1) + "\n")
 
     reporter.stage("loading the base")
     place = choose_place(plan, world)
     model, autocast = load_base(plan, place)
-    reporter.stage("proving identity" if plan.layout else "preparing")
+    reporter.stage("proving identity" if plan.layout and not plan.pack else "preparing")
     trainee = spread_trainee(plan, prepare_trainee(plan, model, autocast), place, world)
-    base_losses = _base_losses(plan, trainee, directory, texts, world, reporter)
-    base_loss = nats_per_token(texts, base_losses)
+    base = base_losses(plan, trainee, directory, texts, world, reporter)
+    base_loss = nats_per_token(texts, base)
     seconds = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, world, reporter)
 
     round_to_saved(trainee, plan.base.checkpoint)
@@ -136,12 +169,12 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
 
     def conclude() -> RunResult:
         audit = _audit(plan, trainee, reporter)
-        outputs = _save(plan, trainee, directory, reporter)
-        _record(plan, texts, losses, base_losses, shift, directory, outputs[0], provenance)
-        quantisation = conclude_quantisation(plan, trainee, place, texts, base_losses, losses, reporter)
+        outputs = _save(plan, trainee, directory, material.template, reporter)
+        _record(plan, texts, losses, base, shift, directory, outputs[0], provenance)
+        quantisation = conclude_quantisation(plan, trainee, place, texts, base, losses, reporter)
         set_aside(trainee)
         evaluate_run(outputs[0], recipe, directory.evaluation, place.device, reporter)
-        return _finish(plan, trainee, seconds, audit, quantisation, outputs, directory)
+        return _finish(plan, trainee, seconds, audit, quantisation, outputs, material.template, directory)
 
     return world.first(conclude)
 
@@ -149,6 +182,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
 def _shift(
     plan: RunPlan, trainee: Trainee, texts: Sequence[EvaluationText], world: World, reporter: Reporter
 ) -> list[TokenShift]:
+    texts = [text for text in texts if text.counted is None]
     if not (plan.recipe.evaluate.shift and texts):
         return []
     reporter.stage("comparing with the base token by token")
@@ -165,13 +199,24 @@ def _audit(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> AuditResult |
     return audit_base(plan, trainee.model)
 
 
-def _save(plan: RunPlan, trainee: Trainee, directory: RunDirectory, reporter: Reporter) -> list[Path]:
+def _save(
+    plan: RunPlan,
+    trainee: Trainee,
+    directory: RunDirectory,
+    template: ChatTemplate | None,
+    reporter: Reporter,
+) -> list[Path]:
     reporter.stage("saving")
     outputs = [trainee.method.save(trainee.model, directory.root, plan.base.checkpoint)]
+    if plan.pack and outputs[0].name == ADAPTER:
+        outputs.append(copy_pack(plan.pack, directory.root / "blocks"))
     if plan.recipe.merge:
         reporter.stage("merging")
         merged = trainee.method.merge(trainee.model, directory.root, plan.base.checkpoint, reporter.progress)
         outputs += [merged] if merged else []
+    if template and plan.recipe.sft and plan.recipe.sft.template:
+        for output in outputs:
+            write_template(template, output)
     return outputs
 
 
@@ -197,38 +242,6 @@ def _record(
     write_file(directory.evaluation / "heldout.json", record.model_dump_json(indent=1) + "\n")
 
 
-def _base_losses(
-    plan: RunPlan,
-    trainee: Trainee,
-    directory: RunDirectory,
-    texts: Sequence[EvaluationText],
-    world: World,
-    reporter: Reporter,
-) -> Losses:
-    """Score the base, which the model is but for its new blocks, once; a resumed run reads what was found."""
-    scored = {"base": plan.fingerprint, "texts": {text.task: text.digest for text in texts}}
-    held = world.first(lambda: _held_losses(directory, scored))
-    if held is not None:
-        return held
-    reporter.stage("evaluating the base")
-    with bypass(trainee.model) if plan.layout else nullcontext():
-        losses = score_texts(
-            trainee.root, texts, world, autocast=trainee.autocast, progress=reporter.progress
-        )
-    content = scored | {"nats": {task: values.tolist() for task, values in losses.items()}}
-    world.first(lambda: write_file(directory.base_losses, json.dumps(content) + "\n"))
-    return losses
-
-
-def _held_losses(directory: RunDirectory, scored: Mapping[str, object]) -> Losses | None:
-    if not directory.base_losses.exists():
-        return None
-    held = json.loads(directory.base_losses.read_text())
-    if not held.items() >= scored.items():
-        return None
-    return {task: np.asarray(values, dtype=np.float64) for task, values in held["nats"].items()}
-
-
 def _finish(
     plan: RunPlan,
     trainee: Trainee,
@@ -236,10 +249,12 @@ def _finish(
     audit: AuditResult | None,
     quantisation: QuantisationResult | None,
     outputs: Sequence[Path],
+    template: ChatTemplate | None,
     directory: RunDirectory,
 ) -> RunResult:
     trainable = sum(parameter.numel() for parameter in trainee.parameters.values())
     result = RunResult(
+        stage=plan.name,
         method=trainee.method.name,
         base=plan.recipe.base,
         layout=plan.layout.draw() if plan.layout else None,
@@ -250,6 +265,7 @@ def _finish(
         identity=trainee.identity,
         audit=audit,
         quantisation=quantisation,
+        template=template.name if template else None,
         outputs=[str(path.relative_to(directory.root)) for path in outputs],
     )
     write_file(directory.result, result.model_dump_json(indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def score_texts(
         progress: called after each batch of this process.
     """
     model = _Everywhere(plain_root(root), world)
-    mine = [replace(text, windows=text.windows[world.rank :: world.size]) for text in texts]
+    mine = [text.share(world.rank, world.size) for text in texts]
     found = evaluate_texts(model, mine, autocast=autocast, progress=progress)
     model.wait(autocast, lambda model: model(input_ids=_token(model), use_cache=False))
     release(root)

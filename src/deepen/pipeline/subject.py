@@ -101,17 +101,21 @@ def _of_pack(pack: Path, base: str | None) -> Subject:
 
 
 def _of_adapter(adapter: Path, base: str | None) -> Subject:
+    """Of an adapter on new blocks these lie beside it, in `blocks/`."""
     from peft import PeftConfig
 
     named = base or str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
     apart = _plain(named, _base_directory(named, adapter))
-    files = sorted(adapter.glob("adapter_*"))
+    files, beneath = sorted(adapter.glob("adapter_*")), adapter.parent / "blocks"
+    if (beneath / BLOCKS_NAME).is_file():
+        files.append(beneath / BLOCKS_NAME)
     digest = hashlib.sha256(apart.digest.encode() + b"".join(map(_file_digest, files))).hexdigest()
 
     def load_adapted(device: torch.device) -> Any:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(apart.load(device), str(adapter)).eval()
+        pack = beneath if beneath / BLOCKS_NAME in files else None
+        return PeftModel.from_pretrained(load(apart.tokenizer, pack, device=device), str(adapter)).eval()
 
     model = Side(name=str(adapter), digest=digest, tokenizer=apart.tokenizer, load=load_adapted)
     return Subject(model=model, base=named, apart=apart)

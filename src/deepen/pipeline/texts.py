@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deepen.config import Recipe, TextSet
+from deepen.config import DataSection, Recipe, TextSet
 from deepen.data.batches import Mixture
 from deepen.data.corpus import Corpus, prepare_corpus, prepare_piece
 from deepen.data.documents import read_documents
@@ -34,7 +34,8 @@ class Texts:
 
 def corpus_cache(recipe: Recipe) -> Path:
     """Return the directory of tokenised corpora."""
-    return Path(recipe.data.cache or default_cache())
+    named = (section.cache for section in (recipe.data, recipe.sft) if section)
+    return Path(next(filter(None, named), None) or default_cache())
 
 
 def default_cache() -> Path:
@@ -65,7 +66,25 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporte
         RecipeError: a check is asked for that has nothing to check against.
         OutputError: the cache cannot be written.
     """
-    data = recipe.data
+    data, train = recipe.training()
+    corpora = tokenise_sources(data, tokenizer, cache, reporter)
+    findings = None
+    if data.decontaminate or data.deduplicate:
+        corpora, findings = _check(recipe, corpora, tokenizer, cache, reporter)
+        reporter.note(findings.line())
+    weighted = [(corpus, source.weight) for corpus, source in zip(corpora, data.sources, strict=True)]
+    mixture = Mixture(
+        weighted,
+        data.sequence_length,
+        train.seed,
+        packing=data.packing,
+        document_masks=data.document_masks,
+    )
+    return Texts(corpora=corpora, mixture=mixture, findings=findings)
+
+
+def tokenise_sources(data: DataSection, tokenizer: Any, cache: Path, reporter: Reporter) -> list[Corpus]:
+    """Tokenise the sources, or find them in the cache; errors as `prepare_texts`."""
     corpora = []
     for source in data.sources:
         reporter.stage(f"tokenising {source.label}")
@@ -79,26 +98,14 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporte
                 progress=lambda stage, done, total: reporter.progress(done, total, stage),
             )
         )
-    findings = None
-    if data.decontaminate or data.deduplicate:
-        corpora, findings = _check(recipe, corpora, tokenizer, cache, reporter)
-        reporter.note(findings.line())
-    weighted = [(corpus, source.weight) for corpus, source in zip(corpora, data.sources, strict=True)]
-    mixture = Mixture(
-        weighted,
-        data.sequence_length,
-        recipe.train.seed,
-        packing=data.packing,
-        document_masks=data.document_masks,
-    )
-    return Texts(corpora=corpora, mixture=mixture, findings=findings)
+    return corpora
 
 
 def prepare_pieces(
     recipe: Recipe, tokenizer: Any, cache: Path, piece: Piece, reporter: Reporter
 ) -> list[Corpus | None]:
     """Tokenise one piece of each source; return the corpora whose pieces are all there by now."""
-    data = recipe.data
+    data, _ = recipe.training()
     corpora = []
     for source in data.sources:
         reporter.stage(f"tokenising piece {piece.number}/{piece.count} of {source.label}")
@@ -119,7 +126,7 @@ def prepare_pieces(
 def _check(
     recipe: Recipe, corpora: list[Corpus], tokenizer: Any, cache: Path, reporter: Reporter
 ) -> tuple[list[Corpus], Findings]:
-    data = recipe.data
+    data, _ = recipe.training()
     overlap, repeats = data.decontaminate, data.deduplicate
     texts = (*recipe.evaluate.general, *recipe.evaluate.domain)
     if overlap and not texts and not data.heldout:
@@ -146,9 +153,16 @@ def _check(
 
 
 def load_evaluation(
-    recipe: Recipe, tokenizer: Any, cache: Path, corpora: list[Corpus]
+    recipe: Recipe, tokenizer: Any, cache: Path, corpora: list[Corpus], length: int
 ) -> list[EvaluationText]:
     """Read every text the recipe evaluates, the sources' held-out documents among them.
+
+    Args:
+        recipe: names them.
+        tokenizer: of the base.
+        cache: where copies of hub datasets lie.
+        corpora: of the sources.
+        length: most tokens one window predicts.
 
     Raises:
         DataError: a text is missing or has nothing to predict.
@@ -160,7 +174,7 @@ def load_evaluation(
             tokenizer,
             task=name,
             role=role,
-            sequence_length=recipe.data.sequence_length,
+            sequence_length=length,
             max_tokens=recipe.evaluate.max_tokens,
         )
 
@@ -169,7 +183,7 @@ def load_evaluation(
 
     general = [load(text.label, "general", read(text)) for text in recipe.evaluate.general]
     domain = [load(text.label, "domain", read(text)) for text in recipe.evaluate.domain]
-    if recipe.data.heldout:
+    if recipe.data and recipe.data.heldout:
         pairs = zip(recipe.data.sources, corpora, strict=True)
         domain += [load(heldout_name(source), "domain", corpus.heldout_texts()) for source, corpus in pairs]
     return general + domain

@@ -22,6 +22,7 @@ from deepen.model import (
     packed_fingerprint,
     packed_layers,
     probe_logits,
+    settle_base,
 )
 from deepen.model.structure import blocks_of
 from deepen.pipeline.place import Place, compute_precision
@@ -55,7 +56,7 @@ class Trainee:
 
 
 def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype | None]:
-    """Load the base for training: bf16 compute keeps frozen weights in the checkpoint's precision.
+    """Load the base and its pack for training: bf16 compute keeps frozen weights in the files' precision.
 
     Args:
         plan: the run.
@@ -69,30 +70,32 @@ def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype
         TrainingError: it is to be quantised, and bitsandbytes is not installed.
     """
     precision = compute_precision(plan, place.device)
-    wide = precision == "fp32" or plan.recipe.train.method in ("full", "freeze", "scale")
+    wide = precision == "fp32" or plan.train.method in ("full", "freeze", "scale")
     where = torch.device("cpu") if place.parallel == "fsdp" else place.device
     directory, dtype = plan.base.checkpoint.directory, torch.float32 if wide else None
-    if (quantisation := plan.recipe.train.quantise) != "none":
+    if (quantisation := plan.train.quantise) != "none":
         model = load_quantised(directory, quantisation, dtype=dtype, device=where)
     else:
-        model = load(directory, dtype=dtype, device=where)
+        model = load(directory, plan.pack, dtype=dtype, device=where)
+    if plan.layout is None:
+        settle_base(model)
     return model, torch.bfloat16 if precision == "bf16" else None
 
 
 def prepare_trainee(plan: RunPlan, model: PreTrainedModel, autocast: torch.dtype | None) -> Trainee:
-    """Add the new blocks, prove that they change nothing, and set what trains.
+    """Add the new blocks, prove that they change nothing, and set what trains; a pack's are there already.
 
     Raises:
         CheckFailed: the expanded model is not the base.
     """
-    method = build_method(plan.recipe.train)
-    before = _probe(model, autocast) if plan.layout else None
-    if plan.layout:
+    method = build_method(plan.train)
+    before = _probe(model, autocast) if plan.layout and plan.pack is None else None
+    if plan.layout and plan.pack is None:
         fingerprint = Fingerprint(fast=plan.fingerprint)
         insert_blocks(model, plan.layout, base=plan.recipe.base, fingerprint=fingerprint)
-    if plan.recipe.data.document_masks:
+    if plan.document_masks:
         check_document_masks(model)
-    torch.manual_seed(plan.recipe.train.seed)  # adapters begin as random numbers, the same in all processes
+    torch.manual_seed(plan.train.seed)  # adapters begin as random numbers, the same in all processes
     parameters = method.prepare(model)
     identity = _prove_identity(plan, before, _probe(model, autocast)) if before else None
     return Trainee(

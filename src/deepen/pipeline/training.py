@@ -1,12 +1,15 @@
 """Training with everything a run puts round it: metrics, evaluation, checkpoints, resume, signals."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from deepen.blocks import BLOCKS_NAME
 from deepen.data.batches import Batch, Mixture
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, Interrupted
@@ -54,7 +57,7 @@ def train_to_the_end(
         trainee: the model and what of it trains.
         mixture: where batches come from.
         texts: evaluated along the way.
-        base_loss: task -> nats per token before the first step.
+        base_loss: task -> nats per token of the base, which without a pack is the model at first.
         directory: where metrics and checkpoints go.
         world: the processes of the run.
         reporter: told what goes on.
@@ -64,37 +67,44 @@ def train_to_the_end(
         DataError: the tokenizer is another model's.
         Interrupted: a signal came; a checkpoint was saved.
     """
-    section = plan.recipe.train
-    torch.manual_seed(section.seed)
+    torch.manual_seed(plan.train.seed)
     prefix = open_prefix(plan, trainee, mixture, world, reporter)
     fit_memory(plan, trainee, world, reporter)
-    optimizer = build_optimizer(
-        trainee.parameters, betas=section.betas, weight_decay=section.weight_decay, kind=section.optimizer
-    )
+    optimizer = _optimizer(plan, trainee)
     shared = _identity(plan, mixture)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
     gauge = _gauge(plan, trainee, world)
     reporter.stage("training")
     log = world.first_only(lambda: RunLog(plan, mixture, prefix, directory, reporter, first, gauge))
-    if log and not first:
-        log.evaluation(0, base_loss)
 
     def evaluate(step: int) -> None:
-        losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
+        found = base_loss
+        if step or plan.pack:
+            losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
+            found = nats_per_token(texts, losses)
         if log:
-            log.evaluation(step, nats_per_token(texts, losses))
+            log.evaluation(step, found)
 
     def save(step: int) -> None:
         if log:
             log.metrics.sync()
-        where, keep = directory.checkpoints, section.keep_checkpoints
+        where, keep = directory.checkpoints, plan.train.keep_checkpoints
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
+    if not first:
+        evaluate(0)
     name, note = _window_names(plan, mixture), log.step if log else _ignore
     hooks = Hooks(log=note, evaluate=evaluate, save=save, stop=bool, name_window=name)
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
         _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix)
     return log.seconds if log else 0.0
+
+
+def _optimizer(plan: RunPlan, trainee: Trainee) -> torch.optim.Optimizer:
+    train = plan.train
+    return build_optimizer(
+        trainee.parameters, betas=train.betas, weight_decay=train.weight_decay, kind=train.optimizer
+    )
 
 
 def _train(
@@ -131,11 +141,10 @@ def _ignore(_: StepReport) -> None:
 
 def _window_names(plan: RunPlan, mixture: Mixture) -> Callable[[int, int], str]:
     """Return what calls a window of a step by its source and its number there."""
-    labels = [source.label for source in plan.recipe.data.sources]
 
     def name(step: int, row: int) -> str:
         source, index = mixture.places(step, plan.windows)[row]
-        return f"window {index} of {labels[source]}"
+        return f"window {index} of {plan.labels[source]}"
 
     return name
 
@@ -145,7 +154,7 @@ def _gauge(plan: RunPlan, trainee: Trainee, world: World) -> Gauge:
     device = trainee.model.device
     blocks = list(blocks_of(trainee.model, plan.base.family))
     with torch.autocast(device.type, dtype=trainee.autocast) if trainee.autocast else nullcontext():
-        cost = count_flops(trainee.root, trainee.model, blocks, plan.recipe.data.sequence_length)
+        cost = count_flops(trainee.root, trainee.model, blocks, plan.length)
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time
     found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []
@@ -159,7 +168,13 @@ def _identity(plan: RunPlan, mixture: Mixture) -> dict[str, Any]:
         "data": mixture.digest,
         "steps": plan.steps,
         "windows": plan.windows,
+        **({"pack": _digest(plan.pack / BLOCKS_NAME)} if plan.pack else {}),
     }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _known(trainee: Trainee, mixture: Mixture) -> Callable[[int, int], Batch]:
@@ -199,7 +214,7 @@ def _restore(
 
 
 def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
-    section = plan.recipe.train
+    section = plan.train
     return Settings(
         steps=plan.steps,
         windows=plan.windows,

@@ -229,9 +229,16 @@ class QuantisationResult(Record):
 
 
 class RunResult(Record):
-    """`result.json`: written last; a run directory with it is finished."""
+    """`result.json`: written last; a run directory with it is finished.
+
+    Attributes:
+        stage: `train` on texts, or `sft` on conversations.
+        method: what trained; of conversations, `trainable` in words of methods.
+        template: chat template of the conversations.
+    """
 
     format_version: Literal[1] = 1
+    stage: Literal["train", "sft"] = "train"
     method: str
     base: str
     layout: str | None
@@ -242,6 +249,7 @@ class RunResult(Record):
     identity: IdentityResult | None
     audit: AuditResult | None
     quantisation: QuantisationResult | None = None
+    template: str | None = None
     outputs: list[str]
 
 

@@ -32,16 +32,19 @@ def write_card(run_dir: Path, target: Path) -> Path:
     """
     report = read_run(run_dir)
     packs = (target / "blocks.safetensors").exists() or (target / "blocks").is_dir()
-    return write_page(target / "README.md", render_card(report, pack=packs, model=_has_model(target)))
+    adapter = report.result.method == "lora" and (target / "adapter").is_dir()
+    card = render_card(report, pack=packs, model=_has_model(target), adapter=adapter)
+    return write_page(target / "README.md", card)
 
 
-def render_card(report: RunReport, *, pack: bool, model: bool) -> str:
+def render_card(report: RunReport, *, pack: bool, model: bool, adapter: bool = False) -> str:
     """Return the card as Markdown.
 
     Args:
         report: the run.
         pack: a block pack is published.
         model: an ordinary checkpoint is published.
+        adapter: a low-rank adapter is, beside the pack it stands on, if it does.
     """
     front = yaml.safe_dump(_front_matter(report, model), sort_keys=False, allow_unicode=True)
     return render(
@@ -60,6 +63,7 @@ def render_card(report: RunReport, *, pack: bool, model: bool) -> str:
         base=_hub_id(report) or report.base_name,
         pack=pack,
         model=model,
+        adapter=adapter,
     )
 
 
@@ -78,7 +82,7 @@ def _front_matter(report: RunReport, model: bool) -> dict[str, Any]:
     if base := _hub_id(report):
         front |= {"base_model": base, "base_model_relation": "finetune" if model else "adapter"}
     tags = ["deepen", *(["block-expansion", "llama-pro"] if report.result.layout else [])]
-    datasets = [source.hub for source in report.recipe.data.sources if source.hub]
+    datasets = [source.hub for source in report.trained_on if source.hub]
     front |= {
         "library_name": "transformers" if model else "deepen",
         "pipeline_tag": "text-generation",

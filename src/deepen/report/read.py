@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from deepen.config import Recipe, load_recipe
+from deepen.config import ConversationSet, Recipe, Source, TrainSection, load_recipe
 from deepen.records import (
     EvaluationPoint,
     EvaluationRecord,
@@ -121,10 +121,43 @@ class RunReport:
         return self.base.rstrip("/").rsplit("/", 1)[-1]
 
     @property
+    def trained_on(self) -> tuple[Source | ConversationSet, ...]:
+        """The texts, or the conversations where the run is tuning alone."""
+        data, sft = self.recipe.data, self.recipe.sft
+        return data.sources if data and self.recipe.train else sft.data if sft else ()
+
+    @property
+    def settings(self) -> TrainSection:
+        """How it trained; of tuning, in the same words."""
+        train, sft = self.recipe.train, self.recipe.sft
+        if train is not None:
+            return train
+        assert sft is not None  # a recipe has either
+        return sft.as_training(self.window)
+
+    @property
+    def window(self) -> int:
+        """Tokens in a window; of conversations it is known from the first step on."""
+        data, sft = self.recipe.data, self.recipe.sft
+        if data and self.recipe.train:
+            return data.sequence_length
+        assert sft is not None
+        first = self.training[0] if self.training else None
+        return first.tokens // (first.step * sft.batch) if first else sft.sequence_length or 1
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Tokens it is to train on, where that is known by now."""
+        asked, last = self.settings, self.training[-1] if self.training else None
+        if asked.tokens is None and last and last.epochs and asked.epochs:
+            return max(last.tokens, round(last.tokens * asked.epochs / last.epochs))
+        return asked.tokens
+
+    @property
     def sources(self) -> str:
         """The sources in words, with their shares of the tokens seen."""
         seen, total = self.source_tokens, sum(self.source_tokens.values())
-        labels = [source.label for source in self.recipe.data.sources]
+        labels = [source.label for source in self.trained_on]
         if len(labels) > 1 and total:
             labels = [f"{label} ({seen.get(label, 0) / total:.0%})" for label in labels]
         return " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
