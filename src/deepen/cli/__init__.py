@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "run": "deepen.cli.run",
     "evaluate": "deepen.cli.evaluate",
     "compare": "deepen.cli.compare",
+    "study": "deepen.cli.study",
     "report": "deepen.cli.report",
     "demo": "deepen.cli.demo",
 }

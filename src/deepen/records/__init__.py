@@ -20,12 +20,14 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
+from deepen.records.study import CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [
     "AuditResult",
     "BlockPoint",
     "Cell",
+    "CellRecord",
     "Column",
     "Comparison",
     "Difference",
@@ -39,11 +41,16 @@ __all__ = [
     "Provenance",
     "QuantisationResult",
     "QuantisedLoss",
+    "RateChoice",
     "Role",
     "Row",
+    "RunFacts",
     "RunResult",
     "ScoredItem",
     "ScoredTask",
+    "StudyRecord",
+    "StudyRow",
+    "StudyScore",
     "TaskRecord",
     "TaskScores",
     "TextResult",
