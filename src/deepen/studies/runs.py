@@ -14,7 +14,7 @@ from deepen.pipeline.reporter import Reporter
 from deepen.records import EvaluationRecord, Provenance, RunFacts, RunResult, read_metrics, read_record
 from deepen.studies.cells import Cell, Computed
 
-# Raised when a change of deepen changes what equal inputs give.
+# Raised when a change of deepen changes what equal inputs give; a default of the recipe, for one.
 _VERSION: Final = 1
 
 
@@ -30,10 +30,11 @@ def run_cell(
         texts: digests of everything it reads, from `text_digests`.
         keep_models: whether what trained stays when the cell is finished.
     """
-    settings = deciding(recipe)
+    settings = deciding(recipe, defaults=False)
     del settings["base"]
     for section, key in (("data", "sources"), ("evaluate", "general"), ("evaluate", "domain")):
-        settings[section][key] = [_without_place(text) for text in settings[section][key]]
+        if found := settings.get(section, {}).get(key):
+            settings[section][key] = [_without_place(text) for text in found]
     inputs = {
         "kind": "run",
         "version": _VERSION,
