@@ -156,7 +156,7 @@ def _over_counts(
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_locator(MaxNLocator(1))
         axes.set_xlabel("new blocks")
-        axes.set_ylabel("change from the base, nats per token")
+        axes.set_ylabel("Δ, nats per token")
         axes.legend(fontsize=11, labelcolor=INK, handlelength=3)
 
     words = "; ".join(f"{row.row}: {change(score.delta)}" for row in rows if (score := of(row)))
