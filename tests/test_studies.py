@@ -166,21 +166,21 @@ def test_the_page_links_every_record(finished):
     assert "http-equiv" not in page
 
 
-def test_unfinished_cells_are_in_no_table(finished, tmp_path):
-    """Without its record a cell is nothing; with it back, all is as it was."""
+def test_unfinished_cells_are_in_no_table_and_go_on_where_they_were(finished):
+    """As a kill between a run's end and its cell's record leaves it: nothing is trained again."""
     study, _ = finished
     whole = collect_study(study)
-    last = study.store.study / whole.rows[1].cells[1] / "cell.json"
-    shutil.move(last, tmp_path / "cell.json")
-    try:
-        cut = collect_study(study)
-        assert cut.finished == whole.finished - 1
-        assert (cut.rows[1].seeds, cut.rows[1].missing) == (SEEDS[:1], SEEDS[1:])
-        assert cut.rows[0] == whole.rows[0]
-        assert "not computed yet" in "".join(cut.waiting)
-        assert "missing: 4" in render_study(cut)
-    finally:
-        shutil.move(tmp_path / "cell.json", last)
+    cell = study.store.study / whole.rows[1].cells[1]
+    (cell / "cell.json").unlink()
+    cut = collect_study(study)
+    assert cut.finished == whole.finished - 1
+    assert (cut.rows[1].seeds, cut.rows[1].missing) == (SEEDS[:1], SEEDS[1:])
+    assert cut.rows[0] == whole.rows[0]
+    assert "not computed yet" in "".join(cut.waiting)
+    assert "missing: 4" in render_study(cut)
+    trained = (cell / "metrics.jsonl").stat().st_mtime_ns
+    assert compute_study(study, Share(), Silent()).computed == [cell.name.rpartition("-")[0]]
+    assert (cell / "metrics.jsonl").stat().st_mtime_ns == trained
     assert collect_study(study) == whole
 
 

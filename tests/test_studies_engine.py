@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from deepen.errors import RecipeError, StudyError, TrainingError
+from deepen.errors import Interrupted, RecipeError, StudyError, TrainingError
 from deepen.pipeline.reporter import Silent
 from deepen.records import Provenance
 from deepen.studies import code, engine
@@ -107,6 +107,16 @@ def test_a_cell_that_cannot_be_computed_is_named_and_the_finished_stay(tmp_path)
     assert store.finished(cell("a"))
     assert store.finished(bad) is None
     assert store.finished(cell("b")) is None
+
+
+def test_a_stop_ends_the_study_and_says_how_to_go_on(tmp_path):
+    def stop(directory, reporter):
+        raise Interrupted("stopped after step 2; continue with --resume")
+
+    stopped = Cell(name="long", inputs={}, compute=stop)
+    with pytest.raises(Interrupted, match="stopped in long, after saving; call again"):
+        run_cells(Store(tmp_path), lambda _: slots(stopped, cell("a")), Share(), Silent())
+    assert not times_computed(Store(tmp_path))
 
 
 def test_code_that_could_not_be_traced_computes_nothing(tmp_path, monkeypatch):
