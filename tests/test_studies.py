@@ -10,7 +10,7 @@ import yaml
 from tiny_run import sentences, write_base
 
 from deepen.cli import main
-from deepen.config import AblationRecipe, BaselinesRecipe, load_document
+from deepen.config import AblationRecipe, BaselinesRecipe, DomainSection, load_document
 from deepen.errors import DataError, RecipeError
 from deepen.evaluation import compare_runs
 from deepen.pipeline import run as pipeline_run
@@ -278,3 +278,11 @@ KINDS = {"baselines-small": BaselinesRecipe, "ablation-small": AblationRecipe}
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path):
     load_document(path, KINDS[path.stem])
+
+
+def test_the_page_on_studies_shows_a_recipe_and_names_every_key(tmp_path):
+    page = (ROOT / "docs" / "studies.md").read_text()
+    (tmp_path / "study.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    load_document(tmp_path / "study.yaml", BaselinesRecipe)
+    keys = {*BaselinesRecipe.model_fields, *AblationRecipe.model_fields, *DomainSection.model_fields}
+    assert not {key for key in keys if f"`{key}`" not in page}
