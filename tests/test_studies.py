@@ -18,7 +18,7 @@ from deepen.pipeline.reporter import Silent
 from deepen.records import EvaluationRecord, RunFacts, StudyRecord, read_record
 from deepen.report import render_study
 from deepen.studies import engine
-from deepen.studies.engine import Share
+from deepen.studies.engine import Share, run_cells
 from deepen.studies.study import collect_study, compute_study, open_study
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +210,7 @@ def test_a_diverged_cell_is_said_and_in_no_mean(place, tmp_path, monkeypatch):
         place, learning_rates=[5e-3, 1e30], methods={"full": {"train": {"method": "full"}}}, match=None
     )
     study = open_study("baselines", path, tmp_path / "study", ["seeds=[0]"])
-    compute_study(study, Share(), Silent())
+    run_cells(study.store, study.grid.plan, Share(), Silent())
     record = collect_study(study)
     (choice,) = record.choices
     assert choice.losses["1e+30"] is None
