@@ -11,8 +11,10 @@
     ├── PackError               a block pack that does not belong to this base
     ├── DataError               a text source that is missing, empty or lacks its field
     ├── TrainingError           training that cannot start, resume or go on
+    │   └── Diverged            the loss or a gradient is no longer a finite number
     ├── SandboxError            a machine on which a model's code cannot be run safely
     ├── EvaluationError         a task that cannot be found, read or scored
+    ├── StudyError              a study that cannot go on, or whose results cannot be traced
     ├── Interrupted             work stopped on request, after saving (exit code 130)
     └── CheckFailed             a check that ran and said no (exit code 3)
 
@@ -59,12 +61,20 @@ class TrainingError(DeepenError):
     """Training that cannot start, resume or go on."""
 
 
+class Diverged(TrainingError):
+    """Training whose loss or gradient is no longer a finite number."""
+
+
 class SandboxError(DeepenError):
     """A machine on which code that a model wrote cannot be run safely."""
 
 
 class EvaluationError(DeepenError):
     """An evaluation task that cannot be found, read or scored."""
+
+
+class StudyError(DeepenError):
+    """A study that cannot go on, or whose results could not be traced to their code."""
 
 
 class Interrupted(DeepenError):

@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "inspect": "deepen.cli.inspect_model",
     "evaluate": "deepen.cli.evaluate",
     "compare": "deepen.cli.compare",
+    "study": "deepen.cli.study",
     "report": "deepen.cli.report",
     "export": "deepen.cli.export",
     "demo": "deepen.cli.demo",

@@ -3,15 +3,16 @@ import difflib
 import inspect
 import reprlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from deepen.config.document import read_yaml, write_yaml
 from deepen.config.recipe import Recipe
+from deepen.config.section import Section
 from deepen.errors import RecipeError
 
 _WORDS = {
@@ -24,6 +25,9 @@ _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 _SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict = 2, 3, 3
 
 
+_S = TypeVar("_S", bound=BaseModel)
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file.
 
@@ -34,6 +38,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, or the recipe has faults; all are named.
     """
+    return load_document(path, Recipe, overrides)
+
+
+def load_document(path: Path, kind: type[_S], overrides: Sequence[str] = ()) -> _S:
+    """Read a YAML file as one of the models of this room; see `load_recipe`."""
     try:
         text = path.read_text("utf-8")
     except OSError as error:
@@ -42,27 +51,45 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path}: not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
         ) from None
-    return parse_recipe(text, overrides, str(path))
+    return _parse(text, kind, overrides, str(path))
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Read a recipe from YAML text; see `load_recipe`."""
+    return _parse(text, Recipe, overrides, where)
+
+
+def build_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
+    """Make a recipe of plain data, as YAML would hold it.
+
+    Raises:
+        RecipeError: it has faults; all are named.
+    """
+    return _validate(raw, Recipe, [], where)
+
+
+def _parse(text: str, kind: type[_S], overrides: Sequence[str], where: str) -> _S:
     raw = read_yaml(text, where)
     if not isinstance(raw, dict):
         held = "nothing" if raw is None else type(raw).__name__
-        raise RecipeError(f"{where}: holds {held}, not keys such as base, output, data, train")
+        keys = ", ".join([*kind.model_fields][:4])
+        raise RecipeError(f"{where}: holds {held}, not keys such as {keys}")
     faults = [fault for override in overrides if (fault := _override(raw, override))]
+    return _validate(raw, kind, faults, where)
+
+
+def _validate(raw: Mapping[str, Any], kind: type[_S], faults: list[str], where: str) -> _S:
     try:
-        recipe = Recipe.model_validate(raw)
+        document = kind.model_validate(raw)
     except ValidationError as error:
-        faults += [f"{where}: {_fault(fault)}" for fault in error.errors(include_url=False)]
+        faults += [f"{where}: {_fault(fault, kind)}" for fault in error.errors(include_url=False)]
     if faults:
         raise RecipeError("\n".join(dict.fromkeys(faults)))
-    return recipe
+    return document
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved, complete recipe as YAML that `parse_recipe` reads back to an equal one."""
+def dump_recipe(recipe: Section) -> str:
+    """Return the resolved, complete recipe as YAML that reads back to an equal one."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
@@ -104,12 +131,12 @@ def _place(at: Any, part: str, above: Sequence[str]) -> int | str:
     return int(part)
 
 
-def _fault(error: ErrorDetails) -> str:
+def _fault(error: ErrorDetails, document: type[BaseModel]) -> str:
     """Say one of pydantic's errors in the words of YAML."""
     kind, message = error["type"], error["msg"]
     where = ".".join(map(str, error["loc"])) or "recipe"
     if kind == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(error['loc'])}"
+        return f"{where}: unknown key{_nearest(error['loc'], document)}"
     if kind == "missing":
         return f"{where}: missing"
     if kind == "value_error":
@@ -118,10 +145,10 @@ def _fault(error: ErrorDetails) -> str:
     return f"{where}: {message}, found {_SHOWN.repr(error['input'])}"
 
 
-def _nearest(loc: tuple[int | str, ...]) -> str:
-    model: Any = Recipe
+def _nearest(loc: tuple[int | str, ...], document: type[BaseModel]) -> str:
+    model: Any = document
     for part in loc[:-1]:
-        if isinstance(part, str):
+        if part in model.model_fields:  # else a position in a list, or a name that the user gives
             model = _section(model.model_fields[part].annotation)
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.6)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from deepen.checkpoint import check_apart, write_file
 from deepen.config import Recipe, dump_recipe, load_recipe
@@ -197,16 +197,24 @@ def _remove(directory: RunDirectory) -> None:
 def _difference(path: Path, recipe: Recipe) -> str | None:
     """Name the first key in which a run's recipe is not this one; how it is carried out does not count."""
     try:
-        held = load_recipe(path).model_dump(mode="json")
+        held = deciding(load_recipe(path))
     except DeepenError:
         return "its recipe.yaml cannot be read"
-    asked = recipe.model_dump(mode="json")
-    for tree in (held, asked):
-        del tree["output"]
-        for section, key in _HOW:
-            if tree[section] is not None:
-                del tree[section][key]
-    return _first_difference(held, asked, "")
+    return _first_difference(held, deciding(recipe), "")
+
+
+def deciding(recipe: Recipe, *, defaults: bool = True) -> dict[str, Any]:
+    """Return what of a recipe decides its result, as plain data: not where, nor how it is done.
+
+    Args:
+        recipe: any.
+        defaults: also what stands at its default; without, a recipe stays the same when keys are added.
+    """
+    tree = recipe.model_dump(mode="json", exclude_defaults=not defaults)
+    del tree["output"]
+    for section, key in _HOW:
+        (tree.get(section) or {}).pop(key, None)
+    return tree
 
 
 def _first_difference(held: object, asked: object, place: str) -> str | None:

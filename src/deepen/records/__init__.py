@@ -21,6 +21,7 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
+from deepen.records.study import CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "BlockImportance",
     "BlockPoint",
     "Cell",
+    "CellRecord",
     "Column",
     "Comparison",
     "Difference",
@@ -42,11 +44,16 @@ __all__ = [
     "Provenance",
     "QuantisationResult",
     "QuantisedLoss",
+    "RateChoice",
     "Role",
     "Row",
+    "RunFacts",
     "RunResult",
     "ScoredItem",
     "ScoredTask",
+    "StudyRecord",
+    "StudyRow",
+    "StudyScore",
     "TaskRecord",
     "TaskScores",
     "TextResult",

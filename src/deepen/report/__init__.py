@@ -6,6 +6,7 @@ from deepen.report.complete import complete_pages
 from deepen.report.page import write_report
 from deepen.report.read import RunReport, read_run
 from deepen.report.retention import finding, p_value
+from deepen.report.study import print_study, render_study, write_study_report
 from deepen.report.watch import WatchServer
 
 __all__ = [
@@ -15,10 +16,13 @@ __all__ = [
     "describe_differences",
     "finding",
     "p_value",
+    "print_study",
     "print_table",
     "read_run",
+    "render_study",
     "render_table",
     "write_card",
     "write_comparison_page",
     "write_report",
+    "write_study_report",
 ]

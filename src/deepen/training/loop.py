@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from deepen.errors import Interrupted, TrainingError
+from deepen.errors import Diverged, Interrupted
 from deepen.model.structure import family_of
 from deepen.training.interface import Batch, Hooks, Settings, StepReport
 from deepen.training.loss import IGNORED
@@ -52,7 +52,7 @@ def train(
             `numbers` in the batches.
 
     Raises:
-        TrainingError: the loss or a gradient is not finite; the parameters are those of the step before.
+        Diverged: the loss or a gradient is not finite; the parameters are those of the step before.
         Interrupted: `hooks.stop` said so; a checkpoint was saved.
     """
     world, root = world or World(), root or Root(model)
@@ -65,7 +65,7 @@ def train(
         except NotFinite as found:
             rows = _find_bad_windows(root, parameters, optimizer, batch, settings, world)
             names = [hooks.name_window(step, row) for row in rows]
-            raise TrainingError(explain(str(found), names, len(batch.tokens))) from None
+            raise Diverged(explain(str(found), names, len(batch.tokens))) from None
         done = step + 1
         last = done == settings.steps
         if last or done % settings.evaluate_every == 0:

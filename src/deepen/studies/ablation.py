@@ -1,0 +1,30 @@
+"""`deepen study ablation`: how many new blocks, and where.
+
+What is filled in a new block is not varied: the engine fills all residual writes, without which the expanded
+model is not the base.
+"""
+
+from deepen.config import AblationRecipe
+from deepen.studies.grid import Grid, Row
+
+
+def ablation_grid(study: AblationRecipe) -> Grid:
+    """Return the cells of an ablation of block expansion.
+
+    Raises:
+        RecipeError: faults of the study.
+        DeepenError: a base or a text cannot be used.
+    """
+    return Grid(
+        study,
+        [_row(study, count, place) for place in study.placements for count in study.counts],
+    )
+
+
+def _row(study: AblationRecipe, count: int, placement: str) -> Row:
+    return Row(
+        label=f"{placement}-{count}",
+        settings={"expand": {"blocks": count, "placement": placement}, "train": {"method": "blocks"}},
+        rates=study.learning_rates,
+        facts={"blocks": count, "placement": placement},
+    )

@@ -1,0 +1,121 @@
+"""Cells that are runs: a recipe, and what its result depends on."""
+
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from deepen.config import Recipe, TextSet, load_recipe
+from deepen.data.sources import open_source
+from deepen.errors import Diverged, OutputError
+from deepen.pipeline.directory import RunDirectory, deciding
+from deepen.pipeline.plan import Outline
+from deepen.pipeline.reporter import Reporter
+from deepen.records import EvaluationRecord, Provenance, RunFacts, RunResult, read_metrics, read_record
+from deepen.studies.cells import Cell, Computed
+
+# Raised when a change of deepen changes what equal inputs give; a default of the recipe, for one.
+_VERSION: Final = 1
+
+
+def run_cell(
+    name: str, recipe: Recipe, outline: Outline, texts: Mapping[str, Any], *, keep_models: bool
+) -> Cell:
+    """Return the cell that a recipe is; its `output` does not count.
+
+    Args:
+        name: readable.
+        recipe: of the run.
+        outline: of a run from the same base to the same layout.
+        texts: digests of everything it reads, from `text_digests`.
+        keep_models: whether what trained stays when the cell is finished.
+    """
+    settings = deciding(recipe, defaults=False)
+    del settings["base"]
+    settings.pop("expand", None)  # the layout it gives decides: one new block is on top, interleaved or not
+    for section, key in (("data", "sources"), ("evaluate", "general"), ("evaluate", "domain")):
+        if found := settings.get(section, {}).get(key):
+            settings[section][key] = [_without_place(text) for text in found]
+    inputs = {
+        "kind": "run",
+        "version": _VERSION,
+        "base": outline.fingerprint,
+        "layout": outline.layout and [[block.after, block.copy_of] for block in outline.layout.new_blocks],
+        "texts": dict(texts),
+        "recipe": settings,
+    }
+    return Cell(name=name, inputs=inputs, compute=partial(_compute, recipe, keep_models))
+
+
+def text_digests(recipe: Recipe, cache: Path) -> dict[str, Any]:
+    """Return what identifies the contents of every text that a recipe reads, and of its own task files.
+
+    Raises:
+        DataError: a text is missing.
+        OutputError: the cache, which remembers digests, cannot be written.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{cache}: cannot be written ({error.strerror})") from None
+
+    def contents(texts: tuple[TextSet, ...]) -> list[list[list[str]]]:
+        return [open_source(text, cache).contents for text in texts]
+
+    (data, _), evaluate = recipe.training(), recipe.evaluate
+    found: dict[str, Any] = {
+        "sources": contents(data.sources),
+        "general": contents(evaluate.general),
+        "domain": contents(evaluate.domain),
+    }
+    named = [Path(name) for name in (*evaluate.suites, *evaluate.tasks) if Path(name).is_file()]
+    return found | ({"tasks": [path.read_text("utf-8") for path in named]} if named else {})
+
+
+def _without_place(text: Mapping[str, Any]) -> dict[str, Any]:
+    """A text's settings without where it lies: its contents decide, which are digested."""
+    return {key: value for key, value in text.items() if key not in ("path", "hub", "revision", "stream")}
+
+
+def _compute(recipe: Recipe, keep_models: bool, directory: Path, reporter: Reporter) -> Computed:
+    from deepen.pipeline.run import run_recipe
+
+    run, asked = RunDirectory(directory), recipe.model_copy(update={"output": str(directory)})
+    try:
+        result = run_recipe(asked, resume=True, overwrite=_moved(run, asked), reporter=reporter)
+        facts = _facts(run, result)
+    except Diverged as error:
+        # A result too: this recipe, run again, does the same.
+        facts = RunFacts(method=recipe.training()[1].method, diverged=str(error))
+    if not keep_models:
+        _discard(run)
+    return Computed(result=facts.model_dump(mode="json"), provenance=read_record(run.environment, Provenance))
+
+
+def _moved(run: RunDirectory, recipe: Recipe) -> bool:
+    """Whether a run was begun when its texts lay elsewhere: equal, for its key is, but not known to be so."""
+    return run.recipe.exists() and deciding(load_recipe(run.recipe)) != deciding(recipe)
+
+
+def _facts(run: RunDirectory, result: RunResult) -> RunFacts:
+    heldout = read_record(run.evaluation / "heldout.json", EvaluationRecord)
+    training, _ = read_metrics(run.metrics)
+    speeds = [(p.flops_per_second, p.tokens_per_second) for p in training]
+    costs = [flops / tokens for flops, tokens in speeds if flops and tokens]
+    return RunFacts(
+        method=result.method,
+        layout=result.layout,
+        trainable=result.parameters.trainable or 0,
+        tokens=result.tokens,
+        steps=result.steps,
+        seconds=result.seconds,
+        flops=float(f"{costs[-1] * result.tokens:.4g}") if costs else None,
+        metrics=[metric for metric in heldout.metrics if metric.metric == "nats_per_token"],
+    )
+
+
+def _discard(run: RunDirectory) -> None:
+    """Remove the weights of a run: what was saved of it, and its checkpoints. Records stay."""
+    for name in ("checkpoints", "blocks", "model", "adapter"):
+        shutil.rmtree(run.root / name, ignore_errors=True)

@@ -1,0 +1,130 @@
+"""A study from its recipe to its table: what the commands do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deepen.checkpoint import write_file
+from deepen.config import AblationRecipe, BaselinesRecipe, StudyRecipe, dump_recipe, load_document
+from deepen.errors import DeepenError
+from deepen.pipeline.reporter import Reporter
+from deepen.records import CellRecord, StudyRecord
+from deepen.report import write_study_report
+from deepen.studies.ablation import ablation_grid
+from deepen.studies.baselines import baselines_grid
+from deepen.studies.cells import Store
+from deepen.studies.engine import Outcome, Share, Slot, run_cells
+from deepen.studies.grid import Grid
+from deepen.studies.table import study_rows
+
+Kind = Literal["baselines", "ablation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study that can be computed.
+
+    Attributes:
+        kind: which.
+        name: of its recipe.
+        recipe: of the study.
+        grid: its cells.
+        matched: parameters that rows are matched to; None: not asked for.
+        store: where its cells lie.
+    """
+
+    kind: Kind
+    name: str
+    recipe: StudyRecipe
+    grid: Grid
+    matched: int | None
+    store: Store
+
+    def slots(self) -> list[Slot]:
+        """Return all places, as far as they are known."""
+        return self.grid.plan(self.store.finished)
+
+
+def open_study(kind: Kind, path: Path, out: Path | None, overrides: Sequence[str] = ()) -> Study:
+    """Read a study's recipe and check every cell; nothing is written but digests of texts.
+
+    Raises:
+        RecipeError: faults of the recipe, or of a cell's.
+        DeepenError: a base or a text cannot be used.
+    """
+    recipe: StudyRecipe
+    matched = None
+    if kind == "baselines":
+        recipe = baselines = load_document(path, BaselinesRecipe, overrides)
+        grid, matched = baselines_grid(baselines)
+    else:
+        recipe = ablation = load_document(path, AblationRecipe, overrides)
+        grid = ablation_grid(ablation)
+    store = Store(out or Path(recipe.output))
+    return Study(kind=kind, name=path.stem, recipe=recipe, grid=grid, matched=matched, store=store)
+
+
+def compute_study(study: Study, share: Share, reporter: Reporter) -> Outcome:
+    """Compute what is missing of a share, and write the table and the page of what is finished by the end.
+
+    Raises:
+        DeepenError: a cell cannot be computed, or the study was stopped; those finished stay.
+    """
+    try:
+        outcome = run_cells(study.store, study.grid.plan, share, reporter)
+    except DeepenError:
+        if study.store.study.is_dir():
+            write_study(study)
+        raise
+    reporter.stage("writing the table")
+    write_study(study)
+    return outcome
+
+
+def write_study(study: Study) -> StudyRecord:
+    """Write `study.json` and `report.html` of the cells finished so far.
+
+    Raises:
+        DataError: a record is malformed.
+        OutputError: they cannot be written.
+    """
+    record = collect_study(study)
+    study.store.study.mkdir(parents=True, exist_ok=True)
+    write_file(study.store.study / "study.json", record.model_dump_json(indent=1) + "\n")
+    write_study_report(study.store.study)
+    return record
+
+
+def collect_study(study: Study) -> StudyRecord:
+    """Make the table of the cells finished so far.
+
+    Raises:
+        DataError: a record is malformed.
+        StudyError: cells were not evaluated on the same items.
+    """
+    grid, store, slots = study.grid, study.store, study.slots()
+    records = _finished(slots, store)
+    choices = (grid.choice(place, store) for place in grid.places)
+    return StudyRecord(
+        kind=study.kind,
+        name=study.name,
+        base=grid.outline(grid.places[0]).recipe.base,
+        recipe=dump_recipe(study.recipe),
+        cells=len(slots),
+        finished=sum(record is not None for record in records),
+        waiting=[_why(slot) for slot, record in zip(slots, records, strict=True) if record is None],
+        matched=study.matched,
+        rows=study_rows(grid, store),
+        choices=[choice for choice in choices if choice],
+        provenance=next((record.provenance for record in records if record), None),
+        codes=sorted({record.code for record in records if record and record.code}),
+    )
+
+
+def _finished(slots: Sequence[Slot], store: Store) -> list[CellRecord | None]:
+    return [store.finished(slot.cell) if slot.cell else None for slot in slots]
+
+
+def _why(slot: Slot) -> str:
+    return f"{slot.name}: {f'waits for {slot.waits_for}' if slot.waits_for else 'not computed yet'}"

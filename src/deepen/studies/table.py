@@ -1,0 +1,146 @@
+"""The table of a study over rows × domains × seeds, made of its finished cells and nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepen.config import TextSet
+from deepen.errors import StudyError
+from deepen.evaluation.statistics import paired_difference
+from deepen.records import (
+    CellRecord,
+    EvaluationRecord,
+    Role,
+    RunFacts,
+    StudyRow,
+    StudyScore,
+    TextResult,
+    TrainingPoint,
+    read_metrics,
+    read_record,
+)
+from deepen.studies.cells import Store
+from deepen.studies.grid import Grid, Place, labels
+
+_CURVE_POINTS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A finished cell of a row: its record, where it lies, and the items of its texts."""
+
+    seed: int
+    folder: str
+    facts: RunFacts
+    texts: list[TextResult]
+    training: list[TrainingPoint]
+
+
+def study_rows(grid: Grid, store: Store) -> list[StudyRow]:
+    """Return a row for each place of which a cell is finished and did not diverge, by domain.
+
+    Raises:
+        DataError: a record is missing or malformed.
+        StudyError: two cells were not evaluated on the same items.
+    """
+    return [row for place in grid.places if (row := _row(grid, place, store))]
+
+
+def _row(grid: Grid, place: Place, store: Store) -> StudyRow | None:
+    rate = grid.rate(place, store.finished)
+    if rate is None:
+        return None
+    cells = {seed: grid.cell(place, rate, seed) for seed in grid.study.seeds}
+    held = {seed: record for seed, cell in cells.items() if (record := store.finished(cell))}
+    diverged = [seed for seed, record in held.items() if record.result.get("diverged")]
+    runs = [
+        _read(store, str(store.directory(cells[seed]).relative_to(store.study)), seed, record)
+        for seed, record in held.items()
+        if seed not in diverged
+    ]
+    if not runs:
+        return None
+    first, reported = runs[0].facts, grid.study.domains[place.domain].reported
+    return StudyRow(
+        row=place.row.label,
+        domain=place.domain,
+        facts=dict(place.row.facts),
+        method=first.method,
+        layout=first.layout,
+        learning_rate=rate,
+        seeds=[run.seed for run in runs],
+        missing=[seed for seed in cells if seed not in held],
+        diverged=diverged,
+        cells=[run.folder for run in runs],
+        trainable=first.trainable,
+        tokens=first.tokens,
+        flops=first.flops,
+        seconds=median(run.facts.seconds for run in runs),
+        general=_score(runs, "general", grid.recipe(place, rate, runs[0].seed).evaluate.general),
+        domain_score=_needed(_score(runs, "domain", reported), place),
+        curve=_mean_curve([run.training for run in runs]),
+    )
+
+
+def _read(store: Store, folder: str, seed: int, record: CellRecord) -> _Run:
+    directory = store.study / folder
+    training, _ = read_metrics(directory / "metrics.jsonl")
+    return _Run(
+        seed=seed,
+        folder=folder,
+        facts=RunFacts.model_validate(record.result),
+        texts=read_record(directory / "evaluation" / "heldout.json", EvaluationRecord).texts,
+        training=training,
+    )
+
+
+def _needed(score: StudyScore | None, place: Place) -> StudyScore:
+    if score is None:
+        raise StudyError(f"{place.row.label} in {place.domain}: its cells hold none of the reported texts")
+    return score
+
+
+def _score(runs: Sequence[_Run], role: Role, texts: Sequence[TextSet]) -> StudyScore | None:
+    """Pool the texts of a role; average over seeds before the items are resampled."""
+    names = labels(texts)
+    chosen = [[text for text in run.texts if text.role == role and text.task in names] for run in runs]
+    if not chosen[0]:
+        return None
+    for run, own in zip(runs, chosen, strict=True):
+        if [text.digest for text in own] != [text.digest for text in chosen[0]]:
+            raise StudyError(f"{run.folder}: not evaluated on the same items as {runs[0].folder}")
+    tokens = _column(chosen[0], "tokens")
+    base = _column(chosen[0], "base_nll")
+    losses = np.stack([_column(own, "nll") for own in chosen])
+    found = paired_difference(losses.mean(axis=0), base, tokens)
+    return StudyScore(
+        role=role,
+        texts=[text.task for text in chosen[0]],
+        n=found.n,
+        tokens=int(tokens.sum()),
+        value=found.value,
+        base_value=found.base_value,
+        delta=found.delta,
+        ci_low=found.ci_low,
+        ci_high=found.ci_high,
+        seed_deltas=[float((each - base).sum() / tokens.sum()) for each in losses],
+    )
+
+
+def _column(texts: Sequence[TextResult], name: str) -> NDArray[np.float64]:
+    return np.concatenate([np.asarray(getattr(text.items, name), dtype=np.float64) for text in texts])
+
+
+def _mean_curve(logs: Sequence[Sequence[TrainingPoint]]) -> list[tuple[float, float]]:
+    """Average the training loss over seeds and over as many steps as leave a few dozen points."""
+    steps = min(len(log) for log in logs)
+    size = max(1, -(-steps // _CURVE_POINTS))
+    curve = []
+    for begin in range(0, steps, size):
+        span = slice(begin, min(begin + size, steps))
+        tokens = fmean(point.tokens for point in logs[0][span])
+        curve.append((tokens, round(fmean(point.loss for log in logs for point in log[span]), 4)))
+    return curve
