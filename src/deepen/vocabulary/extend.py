@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -81,25 +81,17 @@ def extend_vocabulary(
     tables, tokenizer = find_tables(opened), _tokenizer(opened.checkpoint.directory)
     extension = _learn(tokenizer, tables.rows, texts, pieces, opened.checkpoint.directory)
     files = extended_files(opened.checkpoint.directory, extension)
-    source, added = opened.checkpoint.directory, len(extension.new)
+    source = opened.checkpoint.directory
     carried = [each for each in carried_files(source) if each not in files]
     check_space(out, sum(shard.path.stat().st_size for shard in opened.checkpoint.shards))
     with atomic_directory(out, overwrite=overwrite, inside=(source,)) as partial:
         carry(source, partial, carried)
         for file, content in files.items():
             (partial / file).write_bytes(content)
-        (partial / CONFIG).write_text(_config(opened, tables.rows + added), "utf-8")
+        (partial / CONFIG).write_text(_config(opened, len(extension.names)), "utf-8")
         measured = _measure(texts, tokenizer, _tokenizer(partial), extension)
         written = _write_weights(opened, tables, extension, head, partial, progress)
-        record = VocabularyRecord(
-            base=name or str(base),
-            base_fingerprint=fast_fingerprint(opened.checkpoint),
-            base_rows=tables.rows,
-            head=head if tables.outputs else None,
-            pieces=_records(extension),
-            texts=measured,
-            provenance=capture_provenance(data={text.path: text.digest for text in measured}),
-        )
+        record = _record(opened, tables, extension, measured, head, name or str(base))
         (partial / VOCABULARY_NAME).write_text(record.to_json(), "utf-8")
     seconds = time.perf_counter() - start
     return ExtendResult(directory=out, vocabulary=record, bytes_written=written, seconds=seconds)
@@ -201,14 +193,29 @@ def _config(base: Base, rows: int) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _records(extension: Extension) -> list[PieceRecord]:
-    new: Mapping[str, int] = extension.new
-    return [
+def _record(
+    base: Base,
+    tables: Tables,
+    extension: Extension,
+    texts: list[MeasuredText],
+    head: Head,
+    name: str,
+) -> VocabularyRecord:
+    pieces = [
         PieceRecord(
-            id=new[piece.text],
+            id=extension.new[piece.text],
             text=piece.text,
             replaces=[extension.old[token] for token in piece.replaces],
             saves=piece.saves,
         )
         for piece in extension.learned.pieces
     ]
+    return VocabularyRecord(
+        base=name,
+        base_fingerprint=fast_fingerprint(base.checkpoint),
+        base_rows=tables.rows,
+        head=head if tables.outputs else None,
+        pieces=pieces,
+        texts=texts,
+        provenance=capture_provenance(data={text.path: text.digest for text in texts}),
+    )

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,12 +47,12 @@ class Extension:
     learned: Learned
     in_characters: bool
 
-    @property
+    @cached_property
     def new(self) -> dict[str, int]:
         """The new pieces and their ids."""
         return {piece.text: self.rows + number for number, piece in enumerate(self.learned.pieces)}
 
-    @property
+    @cached_property
     def names(self) -> dict[int, str]:
         """Every row's token; rows without one have a name that no text leads to."""
         named = {number: token for token, number in (*self.old.items(), *self.new.items())}
