@@ -16,9 +16,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deepen.checkpoint import Checkpoint
 from deepen.cli import main
-from deepen.errors import CheckpointError, DataError
+from deepen.errors import CheckpointError, DataError, TrainingError
 from deepen.expansion import expand_checkpoint, verify_bytes
+from deepen.methods import Rows
+from deepen.model import base_fingerprint, load
+from deepen.training.loss import summed_loss
 from deepen.vocabulary import Text, extend_vocabulary
 from deepen.vocabulary.corpus import Digest
 from deepen.vocabulary.learn import learn_pieces
@@ -38,7 +42,7 @@ FOREIGN = [
     "从前有个可爱的小姑娘，谁见了都喜欢，但最喜欢她的是她的奶奶。",
     "小姑娘说：奶奶，你的耳朵好大呀！奶奶说：小姑娘，为了更好地听你说话呀！",
 ]
-PIECES, ROWS = 40, 416
+PIECES, ROWS = 30, 416
 
 
 class Case(NamedTuple):
@@ -271,7 +275,7 @@ def test_on_bytes_alone_it_learns_what_the_trainer_learns():
     tokens = sum(len(plain.encode(text).ids) for text in ENGLISH) - sum(
         piece.saves for piece in learned.pieces
     )
-    assert tokens == pytest.approx(sum(len(oracle.encode(text).ids) for text in ENGLISH), rel=0.01)
+    assert tokens == pytest.approx(sum(len(oracle.encode(text).ids) for text in ENGLISH), rel=0.03)
     first = [[left, right] for left, right in learned.merges[:5]]
     assert first == json.loads(oracle.to_str())["model"]["merges"][:5]
 
@@ -374,7 +378,7 @@ def other_rows(base: Path) -> None:
     [
         (unigram, "its tokenizer is Unigram"),
         (too_many_tokens, f"has the id {ROWS}, the model {ROWS} rows"),
-        (moved_token, "vocab.json: token 't' has the id"),
+        (moved_token, "vocab.json: token 'e' has the id"),
         (another_format, "qwen.tiktoken: holds the vocabulary too"),
         (other_rows, "is F32"),
     ],
@@ -435,3 +439,88 @@ def test_chinese_in_llama_2(data_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     for document in list(texts[1].documents())[:20]:
         assert oracle.encode(document) == tokenizer(document, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_new_rows_train_and_old_ones_keep_their_bytes(tmp_path, tied, dtype):
+    base = write_base(tmp_path / "base", "byte_level", tied=tied, dtype=dtype)
+    text = Text(path=str(write_foreign(tmp_path / "foreign")))
+    extended = tmp_path / "extended"
+    extend_vocabulary(base, extended, [text], pieces=PIECES)
+    model, method, opened = load(extended), Rows(), Checkpoint.open(extended)
+    tokenizer = AutoTokenizer.from_pretrained(extended)
+    ids = tokenizer(FOREIGN[0] + ENGLISH[0], return_tensors="pt")["input_ids"][:, :64]
+    assert (ids >= ROWS).any()
+    before, digest = model(ids).logits, base_fingerprint(model, "full")
+    trained = method.prepare(model)
+    torch.testing.assert_close(model(ids).logits, before)
+    assert len(trained) == (1 if tied else 2)
+    assert {id(p) for p in trained.values()} == {id(p) for p in model.parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1, weight_decay=0.5)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = summed_loss(model, ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    held = {name: tensor.dtype for name, tensor in opened.tensors.items()}
+    assert base_fingerprint(model, "full", held) == digest
+    for name, saved_dtype in method.saved_dtypes(model, opened).items():
+        assert saved_dtype == getattr(torch, dtype)
+        trained[name].data = trained[name].data.to(saved_dtype).float()
+    saved = method.save(model, tmp_path / "run", opened)
+    old, new = load_file(base / "model.safetensors"), load_file(saved / "model.safetensors")
+    first = load_file(extended / "model.safetensors")
+    for name, tensor in old.items():
+        assert torch.equal(new[name][: len(tensor)], tensor)
+        if len(new[name]) > len(tensor):
+            assert not torch.isclose(new[name][ROWS:], first[name][ROWS:]).all(1).any()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        torch.testing.assert_close(load(saved)(ids).logits, model(ids).logits, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_new_rows_are_those_of_the_whole_table(tmp_path, tied):
+    base = write_base(tmp_path / "base", "byte_level", tied=tied)
+    extend_vocabulary(base, tmp_path / "out", [Text(path=str(write_foreign(tmp_path / "f")))], pieces=PIECES)
+    model, whole = load(tmp_path / "out"), load(tmp_path / "out").requires_grad_(True)
+    trained = Rows().prepare(model)
+    ids = torch.arange(ROWS - 20, ROWS + 20)[None]
+    summed_loss(model, ids[:, :-1], ids[:, 1:]).backward()
+    oracle = torch.nn.functional.cross_entropy(whole(ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum")
+    oracle.backward()
+    for name, parameter in trained.items():
+        table = whole.get_parameter(name.replace(".new.", "."))
+        torch.testing.assert_close(parameter.grad, table.grad[ROWS:], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_needs_an_extended_vocabulary(tiny_llama):
+    with pytest.raises(TrainingError, match=r"no vocabulary\.json"):
+        Rows().prepare(load(tiny_llama()))
+
+
+def test_a_run_trains_new_rows(case, tmp_path):
+    foreign = case.base.parent / "foreign"
+    recipe = {
+        "base": str(case.out),
+        "output": str(tmp_path / "run"),
+        "data": {
+            "sequence_length": 32,
+            "sources": {"path": str(foreign), "separator": None},
+            "cache": str(tmp_path / "cache"),
+        },
+        "train": {"method": "rows", "tokens": 1024, "batch_tokens": 128, "learning_rate": 0.05},
+        "evaluate": {"domain": {"path": str(foreign)}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--json"]) == 0
+    old, new = (load_file(where / "model.safetensors") for where in (case.base, tmp_path / "run" / "model"))
+    for name, tensor in old.items():
+        assert torch.equal(new[name][: len(tensor)], tensor)
+    assert (tmp_path / "run" / "model" / "tokenizer.json").read_bytes() == (
+        case.out / "tokenizer.json"
+    ).read_bytes()

@@ -71,7 +71,7 @@ def extend(
     for each in record.texts:
         per = [count / max(1, each.characters) for count in (each.tokens_before, each.tokens_after)]
         said = f"{each.documents_changed} of {each.documents} documents changed"
-        print(f"  {each.path}: {per[0]:.4f} -> {per[1]:.4f} ({-each.saved:+.1%}), {said}")
+        print(f"  {each.path}: {per[0]:.4f} -> {per[1]:.4f} ({0 - each.saved:+.1%}), {said}")
     size = human_bytes(result.bytes_written)
     rows = f"{record.base_rows} rows + {len(record.pieces)} new"
     print(f"{out}: {rows}, {size} written in {result.seconds:.1f} s")

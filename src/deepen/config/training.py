@@ -50,11 +50,11 @@ class PromptSection(Section):
 class TrainSection(Section):
     """How the trainable parameters are trained."""
 
-    method: Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt"] = "blocks"
+    method: Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt", "rows"] = "blocks"
     """What trains: the new blocks; or, without expansion, every parameter (`full`), low-rank adapters
     (`lora`), some of the base's blocks (`freeze`), a second expert in each feed-forward (`moe`, the paper's
-    control), norms, biases and scales (`scale`, LLaMA-Adapter V2), or attention prompts (`prompt`,
-    LLaMA-Adapter)."""
+    control), norms, biases and scales (`scale`, LLaMA-Adapter V2), attention prompts (`prompt`,
+    LLaMA-Adapter), or the new rows of an extended vocabulary (`rows`, Chinese-LLaMA's first stage)."""
 
     lora: LoraSection = LoraSection()
     """For method `lora`."""

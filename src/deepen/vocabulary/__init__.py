@@ -7,14 +7,25 @@ Read in this order: `words` (a corpus as the base's tokens), `learn` (which piec
 
 from deepen.vocabulary.corpus import Text
 from deepen.vocabulary.extend import ExtendResult, extend_vocabulary
-from deepen.vocabulary.record import VOCABULARY_NAME, MeasuredText, PieceRecord, VocabularyRecord
+from deepen.vocabulary.record import (
+    VOCABULARY_NAME,
+    MeasuredText,
+    PieceRecord,
+    VocabularyRecord,
+    read_vocabulary,
+)
+from deepen.vocabulary.rows import Tables, find_tables, plan_rows
 
 __all__ = [
     "VOCABULARY_NAME",
     "ExtendResult",
     "MeasuredText",
     "PieceRecord",
+    "Tables",
     "Text",
     "VocabularyRecord",
     "extend_vocabulary",
+    "find_tables",
+    "plan_rows",
+    "read_vocabulary",
 ]

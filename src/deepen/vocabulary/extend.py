@@ -177,7 +177,7 @@ def _write_weights(
         added[table] = partial / _ROWS.format(number)
         with added[table].open("wb") as file:
             file.writelines(new_rows(base.checkpoint.tensors[table], of, len(pieces)))
-    plan = plan_rows(base, added, len(pieces))
+    plan = plan_rows(base.checkpoint, added, len(pieces))
     write_weights(plan, partial, progress)
     for path in added.values():
         path.unlink()

@@ -1,9 +1,12 @@
 """`vocabulary.json`: which rows of a checkpoint are new, what they stand for, and what that saves."""
 
+from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from deepen.checkpoint import contained
+from deepen.errors import CheckpointError
 from deepen.records import Provenance
 
 VOCABULARY_NAME: Final = "vocabulary.json"
@@ -84,3 +87,19 @@ class VocabularyRecord(_Record):
     def to_json(self) -> str:
         """Return the text of the file."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+def read_vocabulary(directory: Path) -> VocabularyRecord | None:
+    """Read the record of a checkpoint; None where its vocabulary was not extended.
+
+    Raises:
+        CheckpointError: it is malformed, or of another format version.
+    """
+    path = contained(directory, VOCABULARY_NAME)
+    if not path.exists():
+        return None
+    try:
+        return VocabularyRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path}: is not the record of an extended vocabulary: {said}") from None

@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 import torch
 
-from deepen.checkpoint import Tensor, byte_count, tensor_reader
+from deepen.checkpoint import Checkpoint, Tensor, byte_count, tensor_reader
 from deepen.errors import CheckpointError
 from deepen.expansion import (
     Base,
@@ -104,17 +104,17 @@ def _bytes(row: torch.Tensor, dtype: torch.dtype) -> bytes:
     return row.to(dtype).view(torch.uint8).numpy().tobytes()
 
 
-def plan_rows(base: Base, added: Mapping[str, Path], count: int) -> Plan:
-    """Plan the base's weight files with longer tables.
+def plan_rows(base: Checkpoint, added: Mapping[str, Path], longer: int) -> Plan:
+    """Plan a checkpoint's weight files with other last rows in its tables.
 
     Args:
-        base: the base.
-        added: table -> file that will hold its new rows.
-        count: number of new rows.
+        base: gives everything else.
+        added: table -> file that holds its last rows.
+        longer: how many rows more than the checkpoint's the tables have; 0: the last ones are replaced.
     """
-    held = held_tensors(base.checkpoint)
-    tensors = tuple(_longer(tensor, count) if tensor.name in added else tensor for tensor in held)
-    plan = plan_files(base.checkpoint, tensors)
+    held = held_tensors(base)
+    tensors = tuple(_longer(tensor, longer) if tensor.name in added else tensor for tensor in held)
+    plan = plan_files(base, tensors)
     return replace(plan, files=tuple(_in_runs(file, added) for file in plan.files))
 
 
