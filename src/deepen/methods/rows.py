@@ -19,7 +19,7 @@ from deepen.vocabulary import find_tables, plan_rows, read_vocabulary
 class Rows:
     """The rows of new pieces train, in embeddings and head; every other byte of what is saved is the base's.
 
-    It is the first stage of Chinese-LLaMA (arXiv 2304.08177), which trains embeddings alone, but for the old
+    It is the first stage of Chinese-LLaMA (arXiv 2304.08177), which trains embeddings alone, without the old
     rows. New rows are parameters of their own, so optimiser and weight decay never meet an old one; beside them
     the tables stay as they are, frozen.
     """
