@@ -20,8 +20,8 @@ class Rows:
     """The rows of new pieces train, in embeddings and head; every other byte of what is saved is the base's.
 
     It is the first stage of Chinese-LLaMA (arXiv 2304.08177), which trains embeddings alone, without the old
-    rows. New rows are parameters of their own, so optimiser and weight decay never meet an old one; beside them
-    the tables stay as they are, frozen.
+    rows. New rows are parameters of their own, so optimiser and weight decay never meet an old one; beside
+    them the tables stay as they are, frozen.
     """
 
     name: Final = "rows"
@@ -109,7 +109,8 @@ def _append(first: int) -> Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor
     """Return a hook that takes the logits from `first` on by the new part."""
 
     def hook(table: Any, given: tuple[torch.Tensor, ...], found: torch.Tensor) -> torch.Tensor:
-        return torch.cat([found[..., :first], table.new(given[0]).to(found.dtype)], dim=-1)
+        fresh = table.new(given[0].to(table.new.weight.dtype)).to(found.dtype)
+        return torch.cat([found[..., :first], fresh], dim=-1)
 
     return hook
 

@@ -11,12 +11,13 @@ empty name.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from deepen.checkpoint import contained, read_json
 from deepen.errors import CheckpointError
@@ -137,10 +138,13 @@ def _model(path: Path, extension: Extension) -> bytes:
     for number, piece in enumerate(model.pieces):
         if piece.type == piece.NORMAL and extension.old.get(piece.piece) != number:
             raise _other(path, piece.piece, number, extension)
-    lowest = math.floor(min((piece.score for piece in model.pieces), default=0))
+    lowest = min(piece.score for piece in model.pieces)
+    # Scores are float32: of two that round to one, the text's order would decide. (Llama 2's lowest is -1e9.)
+    step = max(1.0, 4 * float(np.spacing(np.float32(abs(lowest)))))
     kinds = model.SentencePiece
     for row in range(len(model.pieces), len(extension.names)):
-        kind, score = (kinds.UNUSED, 0) if row < extension.rows else (kinds.NORMAL, lowest - 1 - row)
+        new = row - extension.rows
+        kind, score = (kinds.UNUSED, 0.0) if new < 0 else (kinds.NORMAL, lowest - (new + 1) * step)
         model.pieces.add(piece=extension.names[row], type=kind, score=score)
     model.trainer_spec.vocab_size = len(model.pieces)
     data: bytes = model.SerializeToString()
