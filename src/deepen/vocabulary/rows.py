@@ -71,9 +71,10 @@ def find_tables(base: Base) -> Tables:
             )
     if not inputs:
         raise CheckpointError(f"{where}: has no embeddings by the names of the family {family.name}")
+    assert isinstance(rows, int)
     if family.is_tied(base.checkpoint.config):
-        return Tables(inputs=(*inputs, *heads), outputs=tuple(biases), rows=int(rows))
-    return Tables(inputs=inputs, outputs=(*heads, *biases), rows=int(rows))
+        return Tables(inputs=(*inputs, *heads), outputs=tuple(biases), rows=rows)
+    return Tables(inputs=inputs, outputs=(*heads, *biases), rows=rows)
 
 
 def new_rows(tensor: Tensor, replaced: Sequence[Sequence[int]] | None, count: int) -> Iterator[bytes]:
