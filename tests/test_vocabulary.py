@@ -510,6 +510,7 @@ def test_rows_needs_an_extended_vocabulary(tiny_llama):
         Rows().prepare(load(tiny_llama()))
 
 
+@pytest.mark.parametrize("case", ["byte_level"], indirect=True)
 def test_a_run_trains_new_rows(case, tmp_path):
     foreign = case.base.parent / "foreign"
     recipe = {
@@ -525,6 +526,7 @@ def test_a_run_trains_new_rows(case, tmp_path):
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     assert main(["run", str(tmp_path / "recipe.yaml"), "--json"]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["audit"]["unchanged"]
     old, new = (load_file(where / "model.safetensors") for where in (case.base, tmp_path / "run" / "model"))
     for name, tensor in old.items():
         assert torch.equal(new[name][: len(tensor)], tensor)
