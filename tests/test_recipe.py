@@ -164,7 +164,7 @@ def test_what_only_resembles_a_number_is_a_string(word):
         (
             "method: blocks",
             "method: lore",
-            "train.method: input should be 'blocks', 'full', 'lora', 'freeze', 'moe', 'scale' or",
+            "train.method: input should be 'blocks', 'full', 'lora', 'freeze', 'moe', 'scale', 'prompt' or",
         ),
         ("blocks: 8", "blocks: 0", "expand.blocks: "),
         ("blocks: 8", "groups: 1", "expand: give blocks or after"),

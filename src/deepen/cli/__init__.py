@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "verify": "deepen.cli.verify",
     "blocks": "deepen.cli.blocks",
     "import": "deepen.cli.import_model",
+    "vocabulary": "deepen.cli.vocabulary",
     "data": "deepen.cli.data",
     "run": "deepen.cli.run",
     "inspect": "deepen.cli.inspect_model",

@@ -171,6 +171,8 @@ class Recipe(Section):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
         if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
             faults.append(f"prefix_cache has nothing to keep: method {train.method} trains in every block")
+        if train.method == "rows" and train.parallel == "fsdp":
+            faults.append("method rows: its tables cannot be cut over devices; choose parallel: ddp")
         if data is None:
             faults.append("needs a data section, the texts to train on")
         if isinstance(data, DataSection) and train.batch_tokens < data.sequence_length:

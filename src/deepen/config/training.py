@@ -10,7 +10,7 @@ from pydantic import (
 
 from deepen.config.section import Count, Index, Positive, Real, Section, Share, as_tuple
 
-Method = Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt"]
+Method = Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt", "rows"]
 
 
 class LoraSection(Section):
@@ -119,8 +119,8 @@ class TrainSection(LoopSection):
     method: Method = "blocks"
     """What trains: the new blocks; or, without expansion, every parameter (`full`), low-rank adapters
     (`lora`), some of the base's blocks (`freeze`), a second expert in each feed-forward (`moe`, the paper's
-    control), norms, biases and scales (`scale`, LLaMA-Adapter V2), or attention prompts (`prompt`,
-    LLaMA-Adapter)."""
+    control), norms, biases and scales (`scale`, LLaMA-Adapter V2), attention prompts (`prompt`,
+    LLaMA-Adapter), or the new rows of an extended vocabulary (`rows`, Chinese-LLaMA's first stage)."""
 
     lora: LoraSection = LoraSection()
     """For method `lora`."""

@@ -6,6 +6,7 @@ them), `manifest` (the record), `expand` (all of it), `verify` (the check).
 
 from deepen.expansion.apply import Progress, check_space, write_weights
 from deepen.expansion.base_files import (
+    WrittenFile,
     file_digest,
     file_header,
     held_tensors,
@@ -80,6 +81,7 @@ __all__ = [
     "PreparedCheckpoint",
     "Progress",
     "Verification",
+    "WrittenFile",
     "aligned",
     "base_name",
     "carried_files",

@@ -8,9 +8,10 @@ from deepen.methods.lora import Lora
 from deepen.methods.method import Method
 from deepen.methods.moe import Moe
 from deepen.methods.prompt import Prompt
+from deepen.methods.rows import Rows
 from deepen.methods.scale import Scale
 
-__all__ = ["Blocks", "Freeze", "Full", "Lora", "Method", "Moe", "Prompt", "Scale", "build_method"]
+__all__ = ["Blocks", "Freeze", "Full", "Lora", "Method", "Moe", "Prompt", "Rows", "Scale", "build_method"]
 
 
 def build_method(section: TrainSection) -> Method:
@@ -21,5 +22,11 @@ def build_method(section: TrainSection) -> Method:
         return Freeze(section.freeze, section.match_parameters)
     if section.method == "prompt":
         return Prompt(section.prompt)
-    plain: dict[str, Method] = {"blocks": Blocks(), "full": Full(), "moe": Moe(), "scale": Scale()}
+    plain: dict[str, Method] = {
+        "blocks": Blocks(),
+        "full": Full(),
+        "moe": Moe(),
+        "rows": Rows(),
+        "scale": Scale(),
+    }
     return plain[section.method]

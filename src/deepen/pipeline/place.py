@@ -41,7 +41,8 @@ def choose_place(plan: RunPlan, world: World) -> Place:
 
 def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
     train = plan.train
-    if device.type != "cuda" or train.quantise != "none" or train.optimizer == "adamw_8bit":
+    whole = train.quantise != "none" or train.optimizer == "adamw_8bit" or train.method == "rows"
+    if device.type != "cuda" or whole:
         return "ddp"
     counts = plan.parameters
     trainable = counts.trainable or 0  # adapters are small
