@@ -43,6 +43,8 @@ def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
     train = plan.recipe.train
     if device.type != "cuda" or train.quantise != "none" or train.optimizer == "adamw_8bit":
         return "ddp"
+    if train.copies_base:  # the copy is not cut
+        return "ddp"
     counts = plan.parameters
     trainable = counts.trainable or 0  # adapters are small
     frozen = counts.base + counts.new - trainable

@@ -54,11 +54,13 @@ class Outline:
     def bytes_needed(self) -> int:
         """Least disk space of the run: the checkpoints kept and the one being written.
 
-        Each holds what trains and AdamW's two moments, in fp32. There is one even where steps are not known.
+        Each holds what trains and AdamW's two moments, in fp32. There is one even where steps are not known,
+        and one more, held and being written, for `train.max_general_loss`.
         """
         train, steps = self.recipe.train, self.known_steps or 1
         written = math.ceil(steps / (train.checkpoint_every or _tenth(steps)))
-        return min(train.keep_checkpoints + 1, written) * 12 * (self.parameters.trainable or 0)
+        count = min(train.keep_checkpoints + 1, written) + (2 if train.max_general_loss else 0)
+        return count * 12 * (self.parameters.trainable or 0)
 
     def _in_tokens(self, steps: int) -> int:
         return steps * self.windows * self.recipe.data.sequence_length
@@ -170,6 +172,7 @@ def _check_length(recipe: Recipe, base: Base, faults: list[str]) -> None:
 def _texts(recipe: Recipe) -> list[tuple[str, TextSet]]:
     return [
         *((f"data.sources.{i}", source) for i, source in enumerate(recipe.data.sources)),
+        *((f"data.anchor.{i}", source) for i, source in enumerate(recipe.data.anchor)),
         *((f"evaluate.general.{i}", text) for i, text in enumerate(recipe.evaluate.general)),
         *((f"evaluate.domain.{i}", text) for i, text in enumerate(recipe.evaluate.domain)),
     ]

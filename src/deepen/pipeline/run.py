@@ -16,6 +16,7 @@ from deepen.errors import CheckpointError
 from deepen.evaluation.record import build_record, nats_per_token
 from deepen.expansion import check_space
 from deepen.model import bypass
+from deepen.pipeline.anchor import prepare_anchor
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.evaluate import evaluate_run
 from deepen.pipeline.place import choose_place
@@ -34,7 +35,7 @@ from deepen.pipeline.trainee import (
     set_aside,
     spread_trainee,
 )
-from deepen.pipeline.training import train_to_the_end
+from deepen.pipeline.training import Trained, train_to_the_end
 from deepen.records import (
     AuditResult,
     Provenance,
@@ -122,11 +123,12 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
     reporter.stage("loading the base")
     place = choose_place(plan, world)
     model, autocast = load_base(plan, place)
+    anchored = prepare_anchor(plan, model, autocast, tokenizer, world, reporter)
     reporter.stage("proving identity" if plan.layout else "preparing")
     trainee = spread_trainee(plan, prepare_trainee(plan, model, autocast), place, world)
     base_losses = _base_losses(plan, trainee, directory, texts, world, reporter)
     base_loss = nats_per_token(texts, base_losses)
-    seconds = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, world, reporter)
+    trained = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, world, reporter, anchored)
 
     round_to_saved(trainee, plan.base.checkpoint)
     reporter.stage("evaluating the trained model")
@@ -141,7 +143,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         quantisation = conclude_quantisation(plan, trainee, place, texts, base_losses, losses, reporter)
         set_aside(trainee)
         evaluate_run(outputs[0], recipe, directory.evaluation, place.device, reporter)
-        return _finish(plan, trainee, seconds, audit, quantisation, outputs, directory)
+        return _finish(plan, trainee, trained, audit, quantisation, outputs, directory)
 
     return world.first(conclude)
 
@@ -232,7 +234,7 @@ def _held_losses(directory: RunDirectory, scored: Mapping[str, object]) -> Losse
 def _finish(
     plan: RunPlan,
     trainee: Trainee,
-    seconds: float,
+    trained: Trained,
     audit: AuditResult | None,
     quantisation: QuantisationResult | None,
     outputs: Sequence[Path],
@@ -244,12 +246,13 @@ def _finish(
         base=plan.recipe.base,
         layout=plan.layout.draw() if plan.layout else None,
         parameters=plan.parameters.model_copy(update={"trainable": trainable}),
-        steps=plan.steps,
-        tokens=plan.tokens,
-        seconds=round(seconds, 2),
+        steps=trained.stopped.kept if trained.stopped else plan.steps,
+        tokens=plan.tokens // plan.steps * (trained.stopped.kept if trained.stopped else plan.steps),
+        seconds=round(trained.seconds, 2),
         identity=trainee.identity,
         audit=audit,
         quantisation=quantisation,
+        stopped=trained.stopped,
         outputs=[str(path.relative_to(directory.root)) for path in outputs],
     )
     write_file(directory.result, result.model_dump_json(indent=1) + "\n")

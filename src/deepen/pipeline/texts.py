@@ -1,10 +1,10 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deepen.config import Recipe, TextSet
+from deepen.config import Recipe, Source, TextSet
 from deepen.data.batches import Mixture
 from deepen.data.corpus import Corpus, prepare_corpus, prepare_piece
 from deepen.data.documents import read_documents
@@ -66,23 +66,7 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporte
         OutputError: the cache cannot be written.
     """
     data = recipe.data
-    corpora = []
-    for source in data.sources:
-        reporter.stage(f"tokenising {source.label}")
-        corpora.append(
-            prepare_corpus(
-                source,
-                tokenizer,
-                cache=cache,
-                heldout=data.heldout,
-                workers=data.workers,
-                progress=lambda stage, done, total: reporter.progress(done, total, stage),
-            )
-        )
-    findings = None
-    if data.decontaminate or data.deduplicate:
-        corpora, findings = _check(recipe, corpora, tokenizer, cache, reporter)
-        reporter.note(findings.line())
+    corpora, findings = _prepare(recipe, data.sources, data.heldout, tokenizer, cache, reporter)
     weighted = [(corpus, source.weight) for corpus, source in zip(corpora, data.sources, strict=True)]
     mixture = Mixture(
         weighted,
@@ -92,6 +76,38 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporte
         document_masks=data.document_masks,
     )
     return Texts(corpora=corpora, mixture=mixture, findings=findings)
+
+
+def prepare_general(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporter) -> list[Corpus]:
+    """Tokenise and check the texts of `data.anchor`; nothing is held out. Errors as `prepare_texts`."""
+    return _prepare(recipe, recipe.data.anchor, 0.0, tokenizer, cache, reporter)[0]
+
+
+def _prepare(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    heldout: float,
+    tokenizer: Any,
+    cache: Path,
+    reporter: Reporter,
+) -> tuple[list[Corpus], Findings | None]:
+    corpora, findings = [], None
+    for source in sources:
+        reporter.stage(f"tokenising {source.label}")
+        corpora.append(
+            prepare_corpus(
+                source,
+                tokenizer,
+                cache=cache,
+                heldout=heldout,
+                workers=recipe.data.workers,
+                progress=lambda stage, done, total: reporter.progress(done, total, stage),
+            )
+        )
+    if recipe.data.decontaminate or recipe.data.deduplicate:
+        corpora, findings = _check(recipe, sources, corpora, tokenizer, cache, reporter)
+        reporter.note(findings.line())
+    return corpora, findings
 
 
 def prepare_pieces(
@@ -117,7 +133,12 @@ def prepare_pieces(
 
 
 def _check(
-    recipe: Recipe, corpora: list[Corpus], tokenizer: Any, cache: Path, reporter: Reporter
+    recipe: Recipe,
+    sources: Sequence[Source],
+    corpora: list[Corpus],
+    tokenizer: Any,
+    cache: Path,
+    reporter: Reporter,
 ) -> tuple[list[Corpus], Findings]:
     data = recipe.data
     overlap, repeats = data.decontaminate, data.deduplicate
@@ -129,7 +150,7 @@ def _check(
         )
     reporter.stage("checking the sources")
     return select_documents(
-        [(source.label, corpus) for source, corpus in zip(data.sources, corpora, strict=True)],
+        [(source.label, corpus) for source, corpus in zip(sources, corpora, strict=True)],
         [(text.label, read_documents(text, cache=cache / "hub")) for text in texts],
         tokenizer,
         Checks(

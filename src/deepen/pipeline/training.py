@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -12,6 +14,8 @@ from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, Interrupted
 from deepen.evaluation.record import nats_per_token
 from deepen.model.structure import blocks_of
+from deepen.pipeline.anchor import Anchored, open_anchor
+from deepen.pipeline.bound import Bound, take_back
 from deepen.pipeline.directory import RunDirectory
 from deepen.pipeline.log import RunLog
 from deepen.pipeline.memory import fit_memory
@@ -20,13 +24,15 @@ from deepen.pipeline.prefix import open_prefix
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.trainee import Trainee
+from deepen.records import EarlyStop
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
 from deepen.training.flops import Gauge, attained, calibration_flops, count_flops
 from deepen.training.interface import Hooks, Settings, StepReport
 from deepen.training.liger import liger_loss
 from deepen.training.loop import train
-from deepen.training.loss import summed_loss
+from deepen.training.loss import Loss, summed_loss
 from deepen.training.optimizer import build_optimizer
+from deepen.training.penalty import penalised
 from deepen.training.prefix import PrefixCache
 from deepen.training.signals import stop_on_signal
 from deepen.training.world import World
@@ -44,8 +50,9 @@ def train_to_the_end(
     directory: RunDirectory,
     world: World,
     reporter: Reporter,
-) -> float:
-    """Train from the newest valid checkpoint, or from the start; return the seconds it took in all.
+    anchored: Mixture | None = None,
+) -> "Trained":
+    """Train from the newest valid checkpoint, or from the start, to the end.
 
     Every process of the run calls this; only the first one writes, and only it knows the seconds.
 
@@ -58,6 +65,7 @@ def train_to_the_end(
         directory: where metrics and checkpoints go.
         world: the processes of the run.
         reporter: told what goes on.
+        anchored: the windows of `train.anchor`.
 
     Raises:
         TrainingError: the loss is not finite, or a checkpoint is another run's.
@@ -67,13 +75,14 @@ def train_to_the_end(
     section = plan.recipe.train
     torch.manual_seed(section.seed)
     prefix = open_prefix(plan, trainee, mixture, world, reporter)
+    anchor = open_anchor(plan, trainee, anchored, world, reporter)
     fit_memory(plan, trainee, world, reporter)
     optimizer = build_optimizer(
         trainee.parameters, betas=section.betas, weight_decay=section.weight_decay, kind=section.optimizer
     )
-    shared = _identity(plan, mixture)
+    shared = _identity(plan, mixture, anchored)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
-    gauge = _gauge(plan, trainee, world)
+    gauge = _gauge(plan, trainee, anchor, world)
     reporter.stage("training")
     log = world.first_only(lambda: RunLog(plan, mixture, prefix, directory, reporter, first, gauge))
     if log and not first:
@@ -81,20 +90,59 @@ def train_to_the_end(
 
     def evaluate(step: int) -> None:
         losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
+        found = nats_per_token(texts, losses)
         if log:
-            log.evaluation(step, nats_per_token(texts, losses))
+            log.evaluation(step, found)
+        if bound:
+            bound.check(step, found)
 
-    def save(step: int) -> None:
+    def save(step: int, where: Path = directory.checkpoints, keep: int = section.keep_checkpoints) -> None:
         if log:
             log.metrics.sync()
-        where, keep = directory.checkpoints, section.keep_checkpoints
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
+    bound = _bound(plan, texts, base_loss, partial(save, where=directory.held, keep=1))
+    if bound and not first:
+        bound.hold(0)
     name, note = _window_names(plan, mixture), log.step if log else _ignore
-    hooks = Hooks(log=note, evaluate=evaluate, save=save, stop=bool, name_window=name)
+    hooks = Hooks(
+        log=note,
+        evaluate=evaluate,
+        save=save,
+        stop=bool,
+        name_window=name,
+        enough=lambda: bound is not None and bound.broken is not None,
+    )
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
-        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix)
-    return log.seconds if log else 0.0
+        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix, anchor)
+    stopped = take_back(bound, directory.held, trainee, optimizer, shared, world, reporter) if bound else None
+    return Trained(seconds=log.seconds if log else 0.0, stopped=stopped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What became of a run's training.
+
+    Attributes:
+        seconds: it took in all; 0 in all processes but the first.
+        stopped: what ended it before its time, and where the weights are from; None: nothing did.
+    """
+
+    seconds: float
+    stopped: EarlyStop | None
+
+
+def _bound(
+    plan: RunPlan,
+    texts: Sequence[EvaluationText],
+    base_loss: Mapping[str, float],
+    hold: Callable[[int], None],
+) -> Bound | None:
+    limit = plan.recipe.train.max_general_loss
+    if limit is None:
+        return None
+    general = [text.task for text in texts if text.role == "general"]
+    return Bound(limit=limit, base=base_loss, general=general, hold=hold)
 
 
 def _train(
@@ -106,6 +154,7 @@ def _train(
     first: int,
     world: World,
     prefix: PrefixCache | None,
+    anchor: Anchored | None,
 ) -> None:
     """Run the loop, and leave it when a signal comes to any process."""
     with stop_on_signal(patient=world.control is not None) as asked:
@@ -120,6 +169,7 @@ def _train(
             root=trainee.root,
             world=world,
             prefix=prefix,
+            anchor=anchor.anchor if anchor else None,
         )
         if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
@@ -140,26 +190,29 @@ def _window_names(plan: RunPlan, mixture: Mixture) -> Callable[[int, int], str]:
     return name
 
 
-def _gauge(plan: RunPlan, trainee: Trainee, world: World) -> Gauge:
+def _gauge(plan: RunPlan, trainee: Trainee, anchor: Anchored | None, world: World) -> Gauge:
     """Count what a step computes, and measure what the devices attain where the run is long enough for it."""
     device = trainee.model.device
     blocks = list(blocks_of(trainee.model, plan.base.family))
     with torch.autocast(device.type, dtype=trainee.autocast) if trainee.autocast else nullcontext():
         cost = count_flops(trainee.root, trainee.model, blocks, plan.recipe.data.sequence_length)
+    if anchor:
+        cost = replace(cost, rest=cost.rest + anchor.flops * anchor.anchor.windows / plan.windows)
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time
     found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []
     return Gauge(cost=cost, attained=sum(found) or None)
 
 
-def _identity(plan: RunPlan, mixture: Mixture) -> dict[str, Any]:
+def _identity(plan: RunPlan, mixture: Mixture, anchored: Mixture | None) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must share."""
-    return {
+    shared = {
         "base": plan.fingerprint,
         "data": mixture.digest,
         "steps": plan.steps,
         "windows": plan.windows,
     }
+    return shared | ({"anchor": anchored.digest} if anchored else {})
 
 
 def _known(trainee: Trainee, mixture: Mixture) -> Callable[[int, int], Batch]:
@@ -212,5 +265,13 @@ def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
         autocast=trainee.autocast,
         evaluate_every=plan.evaluate_every,
         checkpoint_every=plan.checkpoint_every,
-        loss=liger_loss(trainee.model, trainee.autocast) if section.loss == "liger" else summed_loss,
+        loss=_loss(plan, trainee),
     )
+
+
+def _loss(plan: RunPlan, trainee: Trainee) -> Loss:
+    section = plan.recipe.train
+    loss = liger_loss(trainee.model, trainee.autocast) if section.loss == "liger" else summed_loss
+    if section.drift_penalty and plan.layout:
+        return penalised(loss, section.drift_penalty, plan.layout.new_indices)
+    return loss

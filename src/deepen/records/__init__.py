@@ -6,6 +6,7 @@ from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, r
 from deepen.records.provenance import Provenance, capture_provenance
 from deepen.records.results import (
     AuditResult,
+    EarlyStop,
     EvaluationRecord,
     IdentityResult,
     Items,
@@ -29,6 +30,7 @@ __all__ = [
     "Column",
     "Comparison",
     "Difference",
+    "EarlyStop",
     "EvaluationPoint",
     "EvaluationRecord",
     "FindingsRecord",
