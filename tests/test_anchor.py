@@ -185,7 +185,8 @@ def test_flops_of_a_step_of_the_anchor(shared, again):
     unit, head = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER), 2 * WIDTH * WORDS
     # Three below, once or twice; two new ones; three frozen above, with the base's passes through them.
     exact = (6 if not shared else 3) + 2 * 3 + 3 * (2 + 1) + 5 * again
-    closed = anchor_flops(Root(model), model, blocks, 32, bypass, shared=shared)
+    anchor = Anchor(batch_at=batch_at, windows=1, weight=1.0, base=bypass, prefix=prefix)
+    closed = anchor_flops(Root(model), model, blocks, 32, anchor)
     attention = attention_flops(model, 0, 32) * ((6 if not shared else 3) + 5 * (3.5 + again) + 3)
     done = counter.get_total_flops() / 64
     assert closed - attention == pytest.approx(done, rel=0.02)
@@ -198,12 +199,10 @@ def test_flops_with_a_copy(checkpoint):
     copy = AutoModelForCausalLM.from_pretrained(checkpoint).requires_grad_(False)
     inputs, targets = windows(2, 32)
 
-    def base(_):
-        return nullcontext(copy)
-
+    anchor = Anchor(batch_at=batch_at, windows=1, weight=1.0, base=lambda _: nullcontext(copy))
     with FlopCounterMode(display=False) as counter:
-        anchor_loss(base)(model, inputs, targets).backward()
-    closed = anchor_flops(Root(model), model, list(model.model.layers), 32, base, shared=False)
+        anchor_loss(anchor.base)(model, inputs, targets).backward()
+    closed = anchor_flops(Root(model), model, list(model.model.layers), 32, anchor)
     attention = 3 * 4.5 * attention_flops(model, 0, 32)
     assert closed - attention == pytest.approx(counter.get_total_flops() / 64, rel=0.02)
 
@@ -243,7 +242,7 @@ def step(checkpoint, micro, **changes):
     )
     reports = []
     hooks = Hooks(log=reports.append, evaluate=lambda _: None, save=lambda _: None, stop=bool)
-    anchor = Anchor(batch_at=further_at, windows=3, weight=0.5, loss=anchor_loss(bypass, find_prefix(model)))
+    anchor = Anchor(batch_at=further_at, windows=3, weight=0.5, base=bypass, prefix=find_prefix(model))
     train(model, parameters, optimizer, batch_at, settings, hooks, anchor=anchor)
     return reports, parameters
 
@@ -309,6 +308,7 @@ def test_the_penalty_is_the_mean_relative_size_of_what_new_blocks_add(checkpoint
 
 def test_a_base_writes_from_its_own_distribution(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.generation_config.update(repetition_penalty=3.0, min_p=0.2, suppress_tokens=[5, 6, 7, 8])
     state = torch.get_rng_state()
     documents = list(write_documents(model, [1], 2, tokens=6000, length=3, temperature=2.0, seed=0))
     assert torch.get_rng_state().equal(state)
@@ -479,6 +479,8 @@ def test_training_ends_where_too_much_general_text_is_lost(root):
     record = json.loads((root / "bound" / "evaluation" / "heldout.json").read_text())
     (general,) = (m for m in record["metrics"] if (m["task"], m["metric"]) == ("digits", "nats_per_token"))
     assert general["delta"] == pytest.approx(rises[4], abs=1e-4)
+    for page in ("report.html", "README.md"):
+        assert "Training ended after step 5: the loss of digits" in (root / "bound" / page).read_text()
 
 
 def test_a_bound_broken_at_once_leaves_the_base(root):

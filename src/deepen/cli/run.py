@@ -106,6 +106,11 @@ def _report_plan(plan: "Outline", as_json: bool) -> None:
     print(f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; {trained} train")
     if plan.recipe.train.prefix_cache != "none":
         _print_prefix(plan)
+    if anchor := plan.recipe.train.anchor:
+        copy = (
+            "; a frozen copy of the base in memory beside the model" if plan.recipe.train.copies_base else ""
+        )
+        print(f"anchor      {plan.anchor_windows} windows more a step, {anchor.source}{copy}")
     length = plan.recipe.data.sequence_length
     step = f"{plan.windows} windows × {length} tokens ({plan.micro_batch} windows a forward pass)"
     if plan.known_tokens is not None:
@@ -129,6 +134,7 @@ def _print_prefix(plan: "Outline") -> None:
 
 def _report(output: Path, result: "RunResult", as_json: bool) -> None:
     from deepen.records import EvaluationRecord, read_record
+    from deepen.report.wording import early_stop
 
     if as_json:
         record = read_record(output / "evaluation" / "heldout.json", EvaluationRecord)
@@ -139,5 +145,7 @@ def _report(output: Path, result: "RunResult", as_json: bool) -> None:
         held = "quantised base" if result.quantisation else "base"
         print(f"before training: the {held} to the bit ({'; '.join(result.identity.checks)})")
         print(f"after training: {result.audit.tensors} base tensors unchanged, by hash of all bytes")
+    if result.stopped:
+        print(early_stop(result.stopped))
     for path in (*result.outputs, "report.html"):
         print(output / path)

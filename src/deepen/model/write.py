@@ -49,8 +49,11 @@ def write_documents(
         eos_token_id=end,
         pad_token_id=end,
     )
-    training, batch, done = model.training, 0, 0
+    training, own, batch, done = model.training, model.generation_config, 0, 0
     model.eval()
+    model.generation_config = (
+        GenerationConfig()
+    )  # what the files say of penalties and the like is not drawn from
     try:
         while done < tokens:
             for ids in _draw(model, prompt, config, (seed, batch)):
@@ -64,6 +67,7 @@ def write_documents(
                 progress(min(done, tokens), tokens)
     finally:
         model.train(training)
+        model.generation_config = own
 
 
 @torch.no_grad()

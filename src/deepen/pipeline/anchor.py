@@ -1,7 +1,6 @@
 """What a run is anchored to: the text, written by the base or given, and the base itself."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,17 @@ from deepen.data.written import write_written
 from deepen.errors import TrainingError
 from deepen.methods.base import base_inside
 from deepen.model import load
-from deepen.model.structure import blocks_of
 from deepen.model.write import write_documents
 from deepen.pipeline.plan import RunPlan
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.texts import corpus_cache, prepare_general
 from deepen.pipeline.trainee import Trainee
-from deepen.training.anchor import Anchor, BaseOf, anchor_flops, anchor_loss
+from deepen.training.anchor import Anchor, BaseOf
 from deepen.training.parallel import sharded
 from deepen.training.prefix import Prefix, find_prefix
 from deepen.training.world import World
 
 _FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anchored:
-    """An anchor and what of it a run states.
-
-    Attributes:
-        anchor: for the loop.
-        flops: for each token of the anchor.
-    """
-
-    anchor: Anchor
-    flops: float
 
 
 def prepare_anchor(
@@ -80,6 +65,7 @@ def prepare_anchor(
     else:
         where = world.first(lambda: _written(plan, section, model, autocast, tokenizer, reporter))
         corpora = [(Corpus(where), 1.0)]
+        reporter.note(f"held to {corpora[0][0].tokens:,} tokens that the base wrote: {where}")
     return Mixture(
         corpora,
         data.sequence_length,
@@ -89,31 +75,27 @@ def prepare_anchor(
     )
 
 
-def anchor_windows(plan: RunPlan) -> int:
-    """Return the anchor's windows in one step; 0 without one."""
-    section = plan.recipe.train.anchor
-    return max(1, round(section.share * plan.windows)) if section else 0
-
-
 def open_anchor(
-    plan: RunPlan, trainee: Trainee, mixture: Mixture | None, world: World, reporter: Reporter
-) -> Anchored | None:
-    """Make the anchor of a run, with a frozen copy of the base where the model does not hold it."""
+    plan: RunPlan, trainee: Trainee, mixture: Mixture | None, reporter: Reporter
+) -> Anchor | None:
+    """Make the anchor of a run, with a frozen copy of the base where the model does not hold it.
+
+    Args:
+        plan: the run.
+        trainee: the model as it will train.
+        mixture: from `prepare_anchor`.
+        reporter: told of a copy.
+    """
     section = plan.recipe.train.anchor
     if section is None or mixture is None:
         return None
-    base, prefix = _base_of(plan, trainee, reporter), _shared(trainee)
-    model, blocks = trainee.model, list(blocks_of(trainee.model, plan.base.family))
-    length, autocast = plan.recipe.data.sequence_length, trainee.autocast
-    with torch.autocast(model.device.type, dtype=autocast) if autocast else nullcontext():
-        flops = anchor_flops(trainee.root, model, blocks, length, base, shared=prefix is not None)
-    anchor = Anchor(
+    return Anchor(
         batch_at=mixture.batch,
-        windows=anchor_windows(plan),
+        windows=plan.anchor_windows,
         weight=section.weight,
-        loss=anchor_loss(base, prefix),
+        base=_base_of(plan, trainee, reporter),
+        prefix=_shared(trainee),
     )
-    return Anchored(anchor=anchor, flops=flops)
 
 
 def _written(
@@ -126,7 +108,7 @@ def _written(
 ) -> Path:
     """Have the base write its text, unless it did so in an earlier run; return where it lies."""
     train, length = plan.recipe.train, plan.recipe.data.sequence_length
-    tokens = min(section.tokens, plan.steps * anchor_windows(plan) * length)
+    tokens = min(section.tokens, plan.steps * plan.anchor_windows * length)
     key = digest_of(
         {
             "format": _FORMAT_VERSION,

@@ -20,21 +20,27 @@ class Bound:
     """Watches general texts while a run trains.
 
     Attributes:
-        limit: nats per token by which the loss of each may exceed the base's.
+        limit: nats per token by which the loss of each may exceed the base's; None: by any.
         base: task -> the base's loss.
         general: the tasks watched.
         hold: keeps the weights after so many steps.
         broken: step, task and rise of what ended training, if anything has.
     """
 
-    limit: float
+    limit: float | None
     base: Mapping[str, float]
     general: Collection[str]
     hold: Callable[[int], None]
     broken: tuple[int, str, float] | None = None
 
+    def enough(self) -> bool:
+        """Whether the bound is broken."""
+        return self.broken is not None
+
     def check(self, step: int, nats: Mapping[str, float]) -> None:
         """Take an evaluation after `step` steps: task -> nats per token."""
+        if self.limit is None:
+            return
         rises = {task: nats[task] - self.base[task] for task in self.general}
         worst = max(rises, key=lambda task: rises[task])
         if rises[worst] <= self.limit:
@@ -57,7 +63,7 @@ def take_back(
     Raises:
         TrainingError: they cannot be read any more.
     """
-    if bound.broken is None:
+    if bound.broken is None or bound.limit is None:
         return None
     step, text, rise = bound.broken
     saved, _ = world.first(lambda: newest_checkpoint(held))

@@ -46,6 +46,12 @@ class Outline:
     known_steps: int | None
 
     @property
+    def anchor_windows(self) -> int:
+        """Windows of the anchor in one step; 0 without one."""
+        anchor = self.recipe.train.anchor
+        return max(1, round(anchor.share * self.windows)) if anchor else 0
+
+    @property
     def known_tokens(self) -> int | None:
         """Tokens the run will train on, where the steps are known."""
         return self.known_steps and self._in_tokens(self.known_steps)

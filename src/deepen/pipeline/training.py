@@ -14,7 +14,7 @@ from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, Interrupted
 from deepen.evaluation.record import nats_per_token
 from deepen.model.structure import blocks_of
-from deepen.pipeline.anchor import Anchored, open_anchor
+from deepen.pipeline.anchor import open_anchor
 from deepen.pipeline.bound import Bound, take_back
 from deepen.pipeline.directory import RunDirectory
 from deepen.pipeline.log import RunLog
@@ -25,6 +25,7 @@ from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.trainee import Trainee
 from deepen.records import EarlyStop
+from deepen.training.anchor import Anchor, anchor_flops
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
 from deepen.training.flops import Gauge, attained, calibration_flops, count_flops
 from deepen.training.interface import Hooks, Settings, StepReport
@@ -41,6 +42,19 @@ from deepen.training.world import World
 _CALIBRATION_SHARE: Final = 50
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What became of a run's training.
+
+    Attributes:
+        seconds: it took in all; 0 in all processes but the first.
+        stopped: what ended it before its time, and where the weights are from; None: nothing did.
+    """
+
+    seconds: float
+    stopped: EarlyStop | None
+
+
 def train_to_the_end(
     plan: RunPlan,
     trainee: Trainee,
@@ -51,7 +65,7 @@ def train_to_the_end(
     world: World,
     reporter: Reporter,
     anchored: Mixture | None = None,
-) -> "Trained":
+) -> Trained:
     """Train from the newest valid checkpoint, or from the start, to the end.
 
     Every process of the run calls this; only the first one writes, and only it knows the seconds.
@@ -75,7 +89,7 @@ def train_to_the_end(
     section = plan.recipe.train
     torch.manual_seed(section.seed)
     prefix = open_prefix(plan, trainee, mixture, world, reporter)
-    anchor = open_anchor(plan, trainee, anchored, world, reporter)
+    anchor = open_anchor(plan, trainee, anchored, reporter)
     fit_memory(plan, trainee, world, reporter)
     optimizer = build_optimizer(
         trainee.parameters, betas=section.betas, weight_decay=section.weight_decay, kind=section.optimizer
@@ -85,64 +99,51 @@ def train_to_the_end(
     gauge = _gauge(plan, trainee, anchor, world)
     reporter.stage("training")
     log = world.first_only(lambda: RunLog(plan, mixture, prefix, directory, reporter, first, gauge))
-    if log and not first:
-        log.evaluation(0, base_loss)
-
-    def evaluate(step: int) -> None:
-        losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
-        found = nats_per_token(texts, losses)
-        if log:
-            log.evaluation(step, found)
-        if bound:
-            bound.check(step, found)
 
     def save(step: int, where: Path = directory.checkpoints, keep: int = section.keep_checkpoints) -> None:
         if log:
             log.metrics.sync()
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
-    bound = _bound(plan, texts, base_loss, partial(save, where=directory.held, keep=1))
-    if bound and not first:
-        bound.hold(0)
-    name, note = _window_names(plan, mixture), log.step if log else _ignore
-    hooks = Hooks(
-        log=note,
-        evaluate=evaluate,
-        save=save,
-        stop=bool,
-        name_window=name,
-        enough=lambda: bound is not None and bound.broken is not None,
-    )
+    general = [text.task for text in texts if text.role == "general"]
+    hold = partial(save, where=directory.held, keep=1)
+    bound = Bound(limit=section.max_general_loss, base=base_loss, general=general, hold=hold)
+    if not first:
+        bound.check(0, base_loss)
+        if log:
+            log.evaluation(0, base_loss)
+    hooks = _hooks(plan, trainee, mixture, texts, bound, log, save, world)
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
         _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix, anchor)
-    stopped = take_back(bound, directory.held, trainee, optimizer, shared, world, reporter) if bound else None
+    stopped = take_back(bound, directory.held, trainee, optimizer, shared, world, reporter)
     return Trained(seconds=log.seconds if log else 0.0, stopped=stopped)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What became of a run's training.
-
-    Attributes:
-        seconds: it took in all; 0 in all processes but the first.
-        stopped: what ended it before its time, and where the weights are from; None: nothing did.
-    """
-
-    seconds: float
-    stopped: EarlyStop | None
-
-
-def _bound(
+def _hooks(
     plan: RunPlan,
+    trainee: Trainee,
+    mixture: Mixture,
     texts: Sequence[EvaluationText],
-    base_loss: Mapping[str, float],
-    hold: Callable[[int], None],
-) -> Bound | None:
-    limit = plan.recipe.train.max_general_loss
-    if limit is None:
-        return None
-    general = [text.task for text in texts if text.role == "general"]
-    return Bound(limit=limit, base=base_loss, general=general, hold=hold)
+    bound: Bound,
+    log: RunLog | None,
+    save: Callable[[int], None],
+    world: World,
+) -> Hooks:
+    def evaluate(step: int) -> None:
+        losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
+        found = nats_per_token(texts, losses)
+        if log:
+            log.evaluation(step, found)
+        bound.check(step, found)
+
+    return Hooks(
+        log=log.step if log else _ignore,
+        evaluate=evaluate,
+        save=save,
+        stop=bool,
+        name_window=_window_names(plan, mixture),
+        enough=bound.enough,
+    )
 
 
 def _train(
@@ -154,7 +155,7 @@ def _train(
     first: int,
     world: World,
     prefix: PrefixCache | None,
-    anchor: Anchored | None,
+    anchor: Anchor | None,
 ) -> None:
     """Run the loop, and leave it when a signal comes to any process."""
     with stop_on_signal(patient=world.control is not None) as asked:
@@ -169,7 +170,7 @@ def _train(
             root=trainee.root,
             world=world,
             prefix=prefix,
-            anchor=anchor.anchor if anchor else None,
+            anchor=anchor,
         )
         if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
@@ -190,14 +191,15 @@ def _window_names(plan: RunPlan, mixture: Mixture) -> Callable[[int, int], str]:
     return name
 
 
-def _gauge(plan: RunPlan, trainee: Trainee, anchor: Anchored | None, world: World) -> Gauge:
+def _gauge(plan: RunPlan, trainee: Trainee, anchor: Anchor | None, world: World) -> Gauge:
     """Count what a step computes, and measure what the devices attain where the run is long enough for it."""
     device = trainee.model.device
     blocks = list(blocks_of(trainee.model, plan.base.family))
+    model = (trainee.root, trainee.model, blocks, plan.recipe.data.sequence_length)
     with torch.autocast(device.type, dtype=trainee.autocast) if trainee.autocast else nullcontext():
-        cost = count_flops(trainee.root, trainee.model, blocks, plan.recipe.data.sequence_length)
-    if anchor:
-        cost = replace(cost, rest=cost.rest + anchor.flops * anchor.anchor.windows / plan.windows)
+        cost = count_flops(*model)
+        beside = anchor_flops(*model, anchor) * anchor.windows / plan.windows if anchor else 0.0
+    cost = replace(cost, rest=cost.rest + beside)
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time
     found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []

@@ -6,7 +6,6 @@ from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, r
 from deepen.records.provenance import Provenance, capture_provenance
 from deepen.records.results import (
     AuditResult,
-    EarlyStop,
     EvaluationRecord,
     IdentityResult,
     Items,
@@ -21,6 +20,7 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
+from deepen.records.stop import EarlyStop
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [

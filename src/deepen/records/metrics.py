@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from deepen.errors import DataError
-from deepen.records.results import Record
+from deepen.records.record import Record
 
 
 class BlockPoint(Record):

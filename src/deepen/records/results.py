@@ -1,20 +1,15 @@
 from pathlib import Path
 from typing import Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from deepen.errors import DataError
 from deepen.records.provenance import Provenance
+from deepen.records.record import Record
+from deepen.records.stop import EarlyStop
 
 Role = Literal["general", "domain"]
 """Of a text or task: it must be kept, or learned."""
-
-
-class Record(BaseModel):
-    """A result as JSON. Unknown keys are kept: a newer deepen may have written them."""
-
-    # NaN and infinities are written as strings, which read back: JSON has no other way to hold them.
-    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
 
 
 class Metric(Record):
@@ -226,24 +221,6 @@ class QuantisationResult(Record):
     after: str
     losses: list[QuantisedLoss]
     unmeasured: str | None = None
-
-
-class EarlyStop(Record):
-    """Training ended because a general text was lost beyond what `train.max_general_loss` allows.
-
-    Attributes:
-        step: steps done when that was seen.
-        kept: steps after which the weights that are the result were taken; 0: the base's own.
-        text: the text that was lost most.
-        rise: its loss over the base's after `step`, in nats per token.
-        bound: what was allowed.
-    """
-
-    step: int
-    kept: int
-    text: str
-    rise: float
-    bound: float
 
 
 class RunResult(Record):

@@ -40,13 +40,16 @@ class Anchor:
         batch_at: the windows of (step, windows), a pure function; only their inputs are read.
         windows: windows in one step.
         weight: of the mean divergence of a step beside its mean loss.
-        loss: summed divergence, called as `summed_loss`.
+        base: the context in which the model is its base. Nothing that trains may run in it.
+        prefix: what model and base share below the first block that trains, so that it runs once for both;
+            None: each runs as a whole.
     """
 
     batch_at: Callable[[int, int], Batch]
     windows: int
     weight: float
-    loss: Loss
+    base: BaseOf
+    prefix: Prefix | None = None
 
 
 def anchor_loss(base: BaseOf, prefix: Prefix | None = None) -> Loss:
@@ -55,9 +58,8 @@ def anchor_loss(base: BaseOf, prefix: Prefix | None = None) -> Loss:
     The whole logits of neither exist at any time. Dropout is off in the base.
 
     Args:
-        base: the context in which the model is its base. Nothing that trains may run in it.
-        prefix: what model and base share below the first block that trains, so that it runs once; None:
-            each runs as a whole.
+        base: as in `Anchor`.
+        prefix: as in `Anchor`.
     """
 
     def loss(
@@ -104,13 +106,7 @@ def divergence(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def anchor_flops(
-    root: nn.Module,
-    model: PreTrainedModel,
-    blocks: Sequence[nn.Module],
-    length: int,
-    base: BaseOf,
-    *,
-    shared: bool,
+    root: nn.Module, model: PreTrainedModel, blocks: Sequence[nn.Module], length: int, anchor: Anchor
 ) -> float:
     """Count what a token of the anchor costs: the model's own step, and the base forward.
 
@@ -119,15 +115,14 @@ def anchor_flops(
         model: the model as it will train.
         blocks: its blocks, bottom to top.
         length: tokens of a window.
-        base: as in `anchor_loss`.
-        shared: whether what lies below the first block that trains runs once for both.
+        anchor: what holds it to its base.
     """
     own = count_flops(root, model, blocks, length)
-    with base(model) as reference:
+    with anchor.base(model) as reference:
         start = root if reference is model else Root(reference)
         theirs = list(blocks_of(reference, family_of(reference)))
         other = count_flops(start, reference, theirs, length)
-    return own.total + other.total - (own.below if shared else 0.0)
+    return own.total + other.total - (own.below if anchor.prefix else 0.0)
 
 
 def _noting(prefix: Prefix | None) -> AbstractContextManager[list[torch.Tensor]]:

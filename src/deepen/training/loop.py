@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from deepen.errors import Interrupted, TrainingError
 from deepen.model.structure import family_of
-from deepen.training.anchor import Anchor
+from deepen.training.anchor import Anchor, anchor_loss
 from deepen.training.interface import Batch, Hooks, Settings, StepReport
 from deepen.training.loss import IGNORED, Loss
 from deepen.training.meters import BlockReport, Blocks, by_block, gradient_norms, step_blocks
@@ -64,10 +64,7 @@ def train(
     model.train()
     for step in range(first_step, settings.steps):
         batch = batch_at(step, settings.windows)
-        terms = [_Term(batch, settings.loss, prefix)]
-        if anchor:
-            further = anchor.batch_at(step, anchor.windows)
-            terms.append(_Term(further, anchor.loss, weight=anchor.weight))
+        terms = [_Term(batch, settings.loss, prefix), *_anchor_terms(anchor, step)]
         try:
             hooks.log(_step(root, parameters, blocks, optimizer, terms, settings, step, world))
         except NotFinite as found:
@@ -109,7 +106,7 @@ def _step(
     reached = gradient_norms(blocks, world)
     norm = _clip(parameters, settings.clip)
     if not np.isfinite([loss, norm, *others]).all():
-        found = "".join(f", anchor {divergence}" for divergence in others)
+        found = "".join(f", anchor {other}" for other in others)
         raise NotFinite(f"step {step + 1}: loss {loss}{found}, gradient norm {norm}")
     moved = step_blocks(optimizer, blocks, world)
     optimizer.zero_grad(set_to_none=True)
@@ -125,6 +122,12 @@ def _step(
         blocks={i: BlockReport(gradient_norm=reached[i], update=moved[i]) for i in blocks},
         anchor=others[0] if others else None,
     )
+
+
+def _anchor_terms(anchor: Anchor | None, step: int) -> Iterator["_Term"]:
+    if anchor:
+        batch = anchor.batch_at(step, anchor.windows)
+        yield _Term(batch, anchor_loss(anchor.base, anchor.prefix), weight=anchor.weight)
 
 
 def _find_bad_windows(

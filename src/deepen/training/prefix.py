@@ -25,6 +25,7 @@ from deepen.errors import TrainingError
 from deepen.families import Family
 from deepen.model.structure import blocks_of, family_of
 from deepen.training.prefix_file import PrefixFile
+from deepen.training.stand_in import StandIn, standing_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,30 +186,6 @@ def _trial(
 def _passed_by(prefix: Prefix, entry: "_Entry") -> dict[int, nn.Module]:
     passed = {index: _Passed(prefix.blocks[index], items) for index, items in enumerate(prefix.returned)}
     return {**passed, prefix.depth: entry}
-
-
-@contextmanager
-def standing_in(blocks: nn.ModuleList, others: Mapping[int, nn.Module]) -> Iterator[None]:
-    """Let other modules stand in the places of some blocks."""
-    held = {index: blocks[index] for index in others}
-    try:
-        for index, other in others.items():
-            blocks[index] = other
-        yield
-    finally:
-        for index, block in held.items():
-            blocks[index] = block
-
-
-class StandIn(nn.Module):
-    """Has all that a model may look for in the block it stands in for."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # no child: its parameters are the model's already
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
 
 
 class _Watched(StandIn):
