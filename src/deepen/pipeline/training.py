@@ -105,9 +105,7 @@ def train_to_the_end(
             log.metrics.sync()
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
-    general = [text.task for text in texts if text.role == "general"]
-    hold = partial(save, where=directory.held, keep=1)
-    bound = Bound(limit=section.max_general_loss, base=base_loss, general=general, hold=hold)
+    bound = _bound(plan, texts, base_loss, partial(save, where=directory.held, keep=1))
     if not first:
         bound.check(0, base_loss)
         if log:
@@ -117,6 +115,16 @@ def train_to_the_end(
         _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix, anchor)
     stopped = take_back(bound, directory.held, trainee, optimizer, shared, world, reporter)
     return Trained(seconds=log.seconds if log else 0.0, stopped=stopped)
+
+
+def _bound(
+    plan: RunPlan,
+    texts: Sequence[EvaluationText],
+    base_loss: Mapping[str, float],
+    hold: Callable[[int], None],
+) -> Bound:
+    general = [text.task for text in texts if text.role == "general"]
+    return Bound(limit=plan.recipe.train.max_general_loss, base=base_loss, general=general, hold=hold)
 
 
 def _hooks(
