@@ -44,6 +44,17 @@ NARROW = {
     f"{method} in bf16": {"train__method": method, "train__precision": "bf16", "base": "narrow"}
     for method in ("blocks", "full", "lora", "moe", "scale", "prompt")
 }
+# Held to the base by an anchor of three windows a step: a process has two of them, the other one.
+ANCHORED = {
+    f"{method} anchored": {"train__method": method, "train__anchor": {"share": 0.4, "weight": 2.0}}
+    for method in ("blocks", "lora", "full")
+}
+HELD = [
+    (method, route)
+    for method in ANCHORED
+    for route in ("ddp", "fsdp")
+    if (method, route) != ("full anchored", "fsdp")
+]
 # Where a run trains; BEFORE-to-WORLD: its first two steps were done in another world.
 SHARDED = ["blocks", "full", "dora", "moe", "scale", "prompt", "tuned"]
 DAILY = [
@@ -62,7 +73,7 @@ RESUMED = [
 
 def recipe_of(root, method, route):
     world = route.rpartition("-")[2]
-    changes = SETTINGS | {"train__method": method} | (METHODS | NARROW)[method]
+    changes = SETTINGS | {"train__method": method} | (METHODS | NARROW | ANCHORED)[method]
     changes["base"] = str(root / changes.get("base", "base"))
     if method == "tuned":
         changes["sft"] = write_talk(root) | {"epochs": 1, "learning_rate": 1e-3}
@@ -204,6 +215,25 @@ def test_a_run_goes_on_in_any_other_world(more_runs, method, route):
 def test_shards_of_two_precisions(more_runs, method):
     many, one = (losses(more_runs / f"{method}-{route}") for route in ("fsdp", "one"))
     assert many == pytest.approx(one, abs=5e-3)
+
+
+@pytest.fixture(scope="module")
+def anchored_runs(runs):
+    root, _ = runs
+    for method in ANCHORED:
+        run_by_one(recipe_of(root, method, "one"))
+    run_by_two([recipe_of(root, *case) for case in HELD])
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("method", "route"), HELD)
+def test_an_anchor_in_two_processes(anchored_runs, method, route):
+    check_same(anchored_runs, method, route)
+    many, one = ([s["anchor"] for s in steps(anchored_runs / f"{method}-{r}")] for r in (route, "one"))
+    assert many == pytest.approx(one, abs=1e-5)
+    assert one[-1] > 1e-4
 
 
 def torchrun(*command):

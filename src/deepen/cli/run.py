@@ -110,6 +110,9 @@ def _report_plan(plan: "Outline", as_json: bool) -> None:
     print(f"parameters  {human_count(counts.base)} base + {human_count(counts.new)} new; {trained} train")
     if plan.train.prefix_cache != "none":
         _print_prefix(plan)
+    if anchor := plan.train.anchor:
+        copy = "; a frozen copy of the base in memory beside the model" if plan.train.copies_base else ""
+        print(f"anchor      {plan.anchor_windows} windows more a step, {anchor.source}{copy}")
     step = f"{plan.windows} windows × {plan.length} tokens ({plan.micro_batch} windows a forward pass)"
     if plan.known_tokens is not None:
         print(f"tokens      {human_count(plan.known_tokens)} in {plan.known_steps} steps of {step}")
@@ -166,6 +169,8 @@ def _facts(output: Path, result: "RunResult") -> dict[str, object]:
 
 
 def _print_proofs(result: "RunResult") -> None:
+    from deepen.report.wording import early_stop
+
     stage = "tuning" if result.stage == "sft" else "training"
     if result.identity:
         held = "quantised base" if result.quantisation else "base"
@@ -174,3 +179,5 @@ def _print_proofs(result: "RunResult") -> None:
         print(f"after {stage}: {result.audit.tensors} base tensors unchanged, by hash of all bytes")
     elif result.stage == "sft":
         print("after tuning: the base's tensors changed too, as all parameters were tuned")
+    if result.stopped:
+        print(early_stop(result.stopped))

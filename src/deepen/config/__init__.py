@@ -1,5 +1,6 @@
 """The recipe: strict, frozen models read from YAML with `--set` on top."""
 
+from deepen.config.drift import PRESETS, AnchorSection
 from deepen.config.load import build_recipe, dump_recipe, load_document, load_recipe, parse_recipe
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
 from deepen.config.sft import ConversationSet, Format, SftSection
@@ -8,7 +9,9 @@ from deepen.config.texts import DataSection, Place, Source, TextSet
 from deepen.config.training import FreezeSection, LoopSection, LoraSection, PromptSection, TrainSection
 
 __all__ = [
+    "PRESETS",
     "AblationRecipe",
+    "AnchorSection",
     "BaselinesRecipe",
     "ConversationSet",
     "DataSection",

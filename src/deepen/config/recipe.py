@@ -4,6 +4,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BeforeValidator,
+    Field,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -127,7 +128,7 @@ class Recipe(Section):
     """Tuning on conversations, after training where there is any: then a run of its own in `sft/` of the run
     directory, which begins with the pack that training left."""
 
-    evaluate: EvaluateSection = EvaluateSection()
+    evaluate: EvaluateSection = Field(default=EvaluateSection(), validate_default=True)
     merge: bool = False
     """Also write `model/`, an ordinary checkpoint with the trained blocks in it."""
 
@@ -167,6 +168,7 @@ class Recipe(Section):
         if train.method != "blocks" and isinstance(expand, ExpandSection):
             faults.append(f"method {train.method} trains on the base itself; remove the expand section")
         faults += _quantisation_faults(train)
+        faults += _drift_faults(train, data)
         if train.match_parameters and train.method not in ("lora", "freeze"):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
         if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
@@ -223,6 +225,8 @@ class Recipe(Section):
             raise ValueError(
                 f"shift needs the base inside the tuned model, which trainable {sft.trainable} does not keep"
             )
+        if train and train.max_general_loss is not None and not evaluate.general:
+            raise ValueError("general: missing; train.max_general_loss is about its texts")
         return evaluate
 
     @field_validator("merge")
@@ -234,6 +238,25 @@ class Recipe(Section):
                 "an adapter is not added to quantised matrices; merge it into the unquantised base with peft"
             )
         return merge
+
+
+def _drift_faults(train: TrainSection, data: DataSection | None) -> list[str]:
+    faults = []
+    general = train.anchor is not None and train.anchor.source == "general"
+    if data and general and not data.anchor:
+        faults.append("anchor: source general needs texts; give them in data.anchor, or say source: self")
+    if data and data.anchor and not general:
+        faults.append("data.anchor is not read; say train.anchor: {source: general}, or remove it")
+    if train.copies_base and train.parallel == "fsdp":
+        faults.append(
+            f"anchor: the copy of the base that method {train.method} needs cannot be cut over devices; "
+            "choose parallel: ddp"
+        )
+    if train.drift_penalty and train.method != "blocks":
+        faults.append(f"drift_penalty is about new blocks, which method {train.method} does not add")
+    if train.drift_penalty and train.prefix_cache != "none":
+        faults.append("drift_penalty needs what enters the new blocks; set prefix_cache to none")
+    return faults
 
 
 def _quantisation_faults(train: TrainSection) -> list[str]:

@@ -110,6 +110,9 @@ class DataSection(Section):
     sources: Annotated[tuple[Source, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     """The mixture."""
 
+    anchor: Annotated[tuple[Source, ...], BeforeValidator(as_tuple)] = ()
+    """General texts for `train.anchor` with source `general`; none of their tokens is learned."""
+
     packing: Literal["stream", "best_fit"] = "stream"
     """`stream`: documents end to end, cut every window. `best_fit`: documents whole wherever one fits."""
 

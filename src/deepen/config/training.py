@@ -1,6 +1,6 @@
 """What trains, and how."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -8,6 +8,7 @@ from pydantic import (
     model_validator,
 )
 
+from deepen.config.drift import AnchorSection, with_preset
 from deepen.config.section import Count, Index, Positive, Real, Section, Share, as_tuple
 
 Method = Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt", "rows"]
@@ -116,6 +117,10 @@ class LoopSection(Section):
 class TrainSection(LoopSection):
     """How the trainable parameters are trained."""
 
+    preset: Literal["paper", "balanced", "keep"] | None = None
+    """Defaults for keys that the recipe does not give: `paper`, LLaMA Pro's; `balanced`, an anchor; `keep`,
+    a stronger one. See [what holds the model to its base](drift.md)."""
+
     method: Method = "blocks"
     """What trains: the new blocks; or, without expansion, every parameter (`full`), low-rank adapters
     (`lora`), some of the base's blocks (`freeze`), a second expert in each feed-forward (`moe`, the paper's
@@ -158,6 +163,27 @@ class TrainSection(LoopSection):
     """`disk`: the blocks below the first that trains run once for each window; what they make of it is kept
     beside the tokenised corpora, for later epochs and later runs. For new blocks near the top, small corpora
     and several epochs. Takes width × 2 (bf16) or 4 bytes a token. Does not change the result."""
+
+    anchor: AnchorSection | None = None
+    """Hold the model to its base on further windows beside each step's; null: nothing does."""
+
+    drift_penalty: Positive | None = None
+    """Weight of what the new blocks add to the residual stream, ‖block(x) − x‖² / ‖x‖², its mean over new
+    blocks and tokens; null: none. Only with method `blocks`."""
+
+    max_general_loss: Positive | None = None
+    """Training ends at an evaluation where a general text's loss exceeds the base's by more than this, in
+    nats per token; the weights of the last evaluation before it are the result. null: it does not."""
+
+    @property
+    def copies_base(self) -> bool:
+        """Whether the anchor needs a copy of the base: the method does not leave it inside the model."""
+        return self.anchor is not None and self.method not in ("blocks", "lora")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        return with_preset(given)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -54,6 +54,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def held(self) -> Path:
+        """The last checkpoint within `train.max_general_loss`."""
+        return self.checkpoints / "held"
+
+    @property
     def evaluation(self) -> Path:
         """Evaluation records."""
         return self.root / "evaluation"

@@ -69,6 +69,7 @@ class RunLog:
                 "step": report.step,
                 "tokens": report.step * self._step_tokens,
                 "loss": report.loss,
+                **({} if report.anchor is None else {"anchor": report.anchor}),
                 "learning_rate": report.learning_rate,
                 "gradient_norm": report.gradient_norm,
                 "tokens_per_second": round(rate, 1),
@@ -81,7 +82,8 @@ class RunLog:
                 "blocks": {str(index): asdict(block) for index, block in report.blocks.items()},
             }
         )
-        detail = f"loss {report.loss:.3f}  {rate:,.0f} tokens/s"
+        held = "" if report.anchor is None else f"  anchor {report.anchor:.3f}"
+        detail = f"loss {report.loss:.3f}{held}  {rate:,.0f} tokens/s"
         if "utilisation" in speed:
             detail += f"  {speed['utilisation']:.0%} used"
         self._reporter.progress(report.step, self._plan.steps, detail)

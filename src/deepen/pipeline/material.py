@@ -66,7 +66,9 @@ def prepare_material(outline: Outline, world: World, reporter: Reporter) -> Mate
         corpora = texts.corpora
     elif recipe.data and recipe.data.heldout:
         data = recipe.data
-        corpora = world.first_then_rest(lambda: tokenise_sources(data, tokenizer, cache, reporter))
+        corpora = world.first_then_rest(
+            lambda: tokenise_sources(data.sources, data.heldout, data.workers, tokenizer, cache, reporter)
+        )
     talk = world.first_then_rest(lambda: _conversations(outline, tokenizer, cache, reporter))
     held = talk.heldout(tokenizer, recipe.evaluate.max_tokens) if talk else []
     length = recipe.data.sequence_length if recipe.data else outline.length

@@ -71,6 +71,12 @@ class Outline(Stage):
     known_steps: int | None
 
     @property
+    def anchor_windows(self) -> int:
+        """Windows of the anchor in one step; 0 without one."""
+        anchor = self.train.anchor
+        return max(1, round(anchor.share * self.windows)) if anchor else 0
+
+    @property
     def known_tokens(self) -> int | None:
         """Tokens the run will train on, where the steps are known."""
         return self.known_steps and self._in_tokens(self.known_steps)
@@ -79,16 +85,18 @@ class Outline(Stage):
     def bytes_needed(self) -> int:
         """Least disk space of the run: the checkpoints kept and the one being written.
 
-        Each holds what trains and AdamW's two moments, in fp32. There is one even where steps are not known.
-        Those of tuning afterwards stand beside them.
+        Each holds what trains and AdamW's two moments, in fp32. There is one even where steps are not known,
+        and two more, one held and one being written, for `train.max_general_loss`. Those of tuning
+        afterwards stand beside them.
         """
         train, steps, trainable = self.train, self.known_steps or 1, self.parameters.trainable or 0
         written = math.ceil(steps / (train.checkpoint_every or _tenth(steps)))
+        count = min(train.keep_checkpoints + 1, written) + (2 if train.max_general_loss else 0)
         tuned = 0
         if self.name == "train" and self.recipe.sft:
             everything = self.parameters.base + self.parameters.new
             tuned = {"all": everything, "new": self.parameters.new, "lora": 0}[self.recipe.sft.trainable]
-        return 12 * (min(train.keep_checkpoints + 1, written) * trainable + tuned)
+        return 12 * (count * trainable + tuned)
 
     def _in_tokens(self, steps: int) -> int:
         return steps * self.windows * self.length
@@ -269,11 +277,10 @@ def _check_length(recipe: Recipe, base: Base, faults: list[str]) -> None:
 
 
 def _texts(recipe: Recipe) -> list[tuple[str, Place]]:
+    data = recipe.data
     return [
-        *(
-            (f"data.sources.{i}", source)
-            for i, source in enumerate(recipe.data.sources if recipe.data else ())
-        ),
+        *((f"data.sources.{i}", source) for i, source in enumerate(data.sources if data else ())),
+        *((f"data.anchor.{i}", source) for i, source in enumerate(data.anchor if data else ())),
         *((f"sft.data.{i}", one) for i, one in enumerate(recipe.sft.data if recipe.sft else ())),
         *((f"evaluate.general.{i}", text) for i, text in enumerate(recipe.evaluate.general)),
         *((f"evaluate.domain.{i}", text) for i, text in enumerate(recipe.evaluate.domain)),

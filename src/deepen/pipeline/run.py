@@ -18,6 +18,7 @@ from deepen.evaluation.record import build_record, nats_per_token
 from deepen.expansion import check_space
 from deepen.methods.lora import ADAPTER
 from deepen.model import bypass
+from deepen.pipeline.anchor import prepare_anchor
 from deepen.pipeline.baseline import Losses, base_losses, hand_on_losses
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.evaluate import evaluate_run
@@ -37,7 +38,7 @@ from deepen.pipeline.trainee import (
     set_aside,
     spread_trainee,
 )
-from deepen.pipeline.training import train_to_the_end
+from deepen.pipeline.training import Trained, train_to_the_end
 from deepen.records import (
     AuditResult,
     EvaluationRecord,
@@ -155,11 +156,12 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
     reporter.stage("loading the base")
     place = choose_place(plan, world)
     model, autocast = load_base(plan, place)
+    anchored = prepare_anchor(plan, model, autocast, world, reporter)
     reporter.stage("proving identity" if plan.layout and not plan.pack else "preparing")
     trainee = spread_trainee(plan, prepare_trainee(plan, model, autocast), place, world)
     base = base_losses(plan, trainee, directory, texts, world, reporter)
     base_loss = nats_per_token(texts, base)
-    seconds = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, world, reporter)
+    trained = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, world, reporter, anchored)
 
     round_to_saved(trainee, plan.base.checkpoint)
     reporter.stage("evaluating the trained model")
@@ -174,7 +176,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         quantisation = conclude_quantisation(plan, trainee, place, texts, base, losses, reporter)
         set_aside(trainee)
         evaluate_run(outputs[0], recipe, directory.evaluation, place.device, reporter)
-        return _finish(plan, trainee, seconds, audit, quantisation, outputs, material.template, directory)
+        return _finish(plan, trainee, trained, audit, quantisation, outputs, material.template, directory)
 
     return world.first(conclude)
 
@@ -245,7 +247,7 @@ def _record(
 def _finish(
     plan: RunPlan,
     trainee: Trainee,
-    seconds: float,
+    trained: Trained,
     audit: AuditResult | None,
     quantisation: QuantisationResult | None,
     outputs: Sequence[Path],
@@ -259,13 +261,14 @@ def _finish(
         base=plan.recipe.base,
         layout=plan.layout.draw() if plan.layout else None,
         parameters=plan.parameters.model_copy(update={"trainable": trainable}),
-        steps=plan.steps,
-        tokens=plan.tokens,
-        seconds=round(seconds, 2),
+        steps=trained.stopped.kept if trained.stopped else plan.steps,
+        tokens=plan.tokens // plan.steps * (trained.stopped.kept if trained.stopped else plan.steps),
+        seconds=round(trained.seconds, 2),
         identity=trainee.identity,
         audit=audit,
         quantisation=quantisation,
         template=template.name if template else None,
+        stopped=trained.stopped,
         outputs=[str(path.relative_to(directory.root)) for path in outputs],
     )
     write_file(directory.result, result.model_dump_json(indent=1) + "\n")

@@ -1,10 +1,10 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deepen.config import DataSection, Recipe, TextSet
+from deepen.config import Recipe, Source, TextSet
 from deepen.data.batches import Mixture
 from deepen.data.corpus import Corpus, prepare_corpus, prepare_piece
 from deepen.data.documents import read_documents
@@ -67,11 +67,7 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporte
         OutputError: the cache cannot be written.
     """
     data, train = recipe.training()
-    corpora = tokenise_sources(data, tokenizer, cache, reporter)
-    findings = None
-    if data.decontaminate or data.deduplicate:
-        corpora, findings = _check(recipe, corpora, tokenizer, cache, reporter)
-        reporter.note(findings.line())
+    corpora, findings = _prepare(recipe, data.sources, data.heldout, tokenizer, cache, reporter)
     weighted = [(corpus, source.weight) for corpus, source in zip(corpora, data.sources, strict=True)]
     mixture = Mixture(
         weighted,
@@ -83,18 +79,48 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporte
     return Texts(corpora=corpora, mixture=mixture, findings=findings)
 
 
-def tokenise_sources(data: DataSection, tokenizer: Any, cache: Path, reporter: Reporter) -> list[Corpus]:
-    """Tokenise the sources, or find them in the cache; errors as `prepare_texts`."""
+def prepare_general(recipe: Recipe, tokenizer: Any, cache: Path, reporter: Reporter) -> list[Corpus]:
+    """Tokenise and check the texts of `data.anchor`; nothing is held out. Errors as `prepare_texts`."""
+    data, _ = recipe.training()
+    return _prepare(recipe, data.anchor, 0.0, tokenizer, cache, reporter)[0]
+
+
+def _prepare(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    heldout: float,
+    tokenizer: Any,
+    cache: Path,
+    reporter: Reporter,
+) -> tuple[list[Corpus], Findings | None]:
+    data, _ = recipe.training()
+    corpora = tokenise_sources(sources, heldout, data.workers, tokenizer, cache, reporter)
+    findings = None
+    if data.decontaminate or data.deduplicate:
+        corpora, findings = _check(recipe, sources, corpora, tokenizer, cache, reporter)
+        reporter.note(findings.line())
+    return corpora, findings
+
+
+def tokenise_sources(
+    sources: Sequence[Source],
+    heldout: float,
+    workers: int,
+    tokenizer: Any,
+    cache: Path,
+    reporter: Reporter,
+) -> list[Corpus]:
+    """Tokenise sources, or find them in the cache; errors as `prepare_texts`."""
     corpora = []
-    for source in data.sources:
+    for source in sources:
         reporter.stage(f"tokenising {source.label}")
         corpora.append(
             prepare_corpus(
                 source,
                 tokenizer,
                 cache=cache,
-                heldout=data.heldout,
-                workers=data.workers,
+                heldout=heldout,
+                workers=workers,
                 progress=lambda stage, done, total: reporter.progress(done, total, stage),
             )
         )
@@ -124,7 +150,12 @@ def prepare_pieces(
 
 
 def _check(
-    recipe: Recipe, corpora: list[Corpus], tokenizer: Any, cache: Path, reporter: Reporter
+    recipe: Recipe,
+    sources: Sequence[Source],
+    corpora: list[Corpus],
+    tokenizer: Any,
+    cache: Path,
+    reporter: Reporter,
 ) -> tuple[list[Corpus], Findings]:
     data, _ = recipe.training()
     overlap, repeats = data.decontaminate, data.deduplicate
@@ -136,7 +167,7 @@ def _check(
         )
     reporter.stage("checking the sources")
     return select_documents(
-        [(source.label, corpus) for source, corpus in zip(data.sources, corpora, strict=True)],
+        [(source.label, corpus) for source, corpus in zip(sources, corpora, strict=True)],
         [(text.label, read_documents(text, cache=cache / "hub")) for text in texts],
         tokenizer,
         Checks(

@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,8 @@ from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, Interrupted
 from deepen.evaluation.record import nats_per_token
 from deepen.model.structure import blocks_of
+from deepen.pipeline.anchor import open_anchor
+from deepen.pipeline.bound import Bound, take_back
 from deepen.pipeline.directory import RunDirectory
 from deepen.pipeline.log import RunLog
 from deepen.pipeline.memory import fit_memory
@@ -23,19 +26,35 @@ from deepen.pipeline.prefix import open_prefix
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.trainee import Trainee
+from deepen.records import EarlyStop
+from deepen.training.anchor import Anchor, anchor_flops
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
 from deepen.training.flops import Gauge, attained, calibration_flops, count_flops
 from deepen.training.interface import Hooks, Settings, StepReport
 from deepen.training.liger import liger_loss
 from deepen.training.loop import train
-from deepen.training.loss import summed_loss
+from deepen.training.loss import Loss, summed_loss
 from deepen.training.optimizer import build_optimizer
+from deepen.training.penalty import penalised
 from deepen.training.prefix import PrefixCache
 from deepen.training.signals import stop_on_signal
 from deepen.training.world import World
 
 # The run is at least so many times the work of the calibration, or there is none.
 _CALIBRATION_SHARE: Final = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What became of a run's training.
+
+    Attributes:
+        seconds: it took in all; 0 in all processes but the first.
+        stopped: what ended it before its time, and where the weights are from; None: nothing did.
+    """
+
+    seconds: float
+    stopped: EarlyStop | None
 
 
 def train_to_the_end(
@@ -47,8 +66,9 @@ def train_to_the_end(
     directory: RunDirectory,
     world: World,
     reporter: Reporter,
-) -> float:
-    """Train from the newest valid checkpoint, or from the start; return the seconds it took in all.
+    anchored: Mixture | None = None,
+) -> Trained:
+    """Train from the newest valid checkpoint, or from the start, to the end.
 
     Every process of the run calls this; only the first one writes, and only it knows the seconds.
 
@@ -61,6 +81,7 @@ def train_to_the_end(
         directory: where metrics and checkpoints go.
         world: the processes of the run.
         reporter: told what goes on.
+        anchored: the windows of `train.anchor`.
 
     Raises:
         TrainingError: the loss is not finite, or a checkpoint is another run's.
@@ -69,14 +90,51 @@ def train_to_the_end(
     """
     torch.manual_seed(plan.train.seed)
     prefix = open_prefix(plan, trainee, mixture, world, reporter)
+    anchor = open_anchor(plan, trainee, anchored, reporter)
     fit_memory(plan, trainee, world, reporter)
     optimizer = _optimizer(plan, trainee)
-    shared = _identity(plan, mixture)
+    shared = _identity(plan, mixture, anchored)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
-    gauge = _gauge(plan, trainee, world)
+    gauge = _gauge(plan, trainee, anchor, world)
     reporter.stage("training")
     log = world.first_only(lambda: RunLog(plan, mixture, prefix, directory, reporter, first, gauge))
 
+    def save(step: int, where: Path = directory.checkpoints, keep: int = plan.train.keep_checkpoints) -> None:
+        if log:
+            log.metrics.sync()
+        save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
+
+    bound = _bound(plan, texts, base_loss, partial(save, where=directory.held, keep=1))
+    hooks = _hooks(plan, trainee, mixture, texts, base_loss, bound, log, save, world)
+    if not first:
+        hooks.evaluate(0)
+    with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
+        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix, anchor)
+    stopped = take_back(bound, directory.held, trainee, optimizer, shared, world, reporter)
+    return Trained(seconds=log.seconds if log else 0.0, stopped=stopped)
+
+
+def _bound(
+    plan: RunPlan,
+    texts: Sequence[EvaluationText],
+    base_loss: Mapping[str, float],
+    hold: Callable[[int], None],
+) -> Bound:
+    general = [text.task for text in texts if text.role == "general"]
+    return Bound(limit=plan.train.max_general_loss, base=base_loss, general=general, hold=hold)
+
+
+def _hooks(
+    plan: RunPlan,
+    trainee: Trainee,
+    mixture: Mixture,
+    texts: Sequence[EvaluationText],
+    base_loss: Mapping[str, float],
+    bound: Bound,
+    log: RunLog | None,
+    save: Callable[[int], None],
+    world: World,
+) -> Hooks:
     def evaluate(step: int) -> None:
         found = base_loss
         if step or plan.pack:
@@ -84,20 +142,16 @@ def train_to_the_end(
             found = nats_per_token(texts, losses)
         if log:
             log.evaluation(step, found)
+        bound.check(step, found)
 
-    def save(step: int) -> None:
-        if log:
-            log.metrics.sync()
-        where, keep = directory.checkpoints, plan.train.keep_checkpoints
-        save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
-
-    if not first:
-        evaluate(0)
-    name, note = _window_names(plan, mixture), log.step if log else _ignore
-    hooks = Hooks(log=note, evaluate=evaluate, save=save, stop=bool, name_window=name)
-    with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
-        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix)
-    return log.seconds if log else 0.0
+    return Hooks(
+        log=log.step if log else _ignore,
+        evaluate=evaluate,
+        save=save,
+        stop=bool,
+        name_window=_window_names(plan, mixture),
+        enough=bound.enough,
+    )
 
 
 def _optimizer(plan: RunPlan, trainee: Trainee) -> torch.optim.Optimizer:
@@ -116,6 +170,7 @@ def _train(
     first: int,
     world: World,
     prefix: PrefixCache | None,
+    anchor: Anchor | None,
 ) -> None:
     """Run the loop, and leave it when a signal comes to any process."""
     with stop_on_signal(patient=world.control is not None) as asked:
@@ -130,6 +185,7 @@ def _train(
             root=trainee.root,
             world=world,
             prefix=prefix,
+            anchor=anchor,
         )
         if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
@@ -149,27 +205,31 @@ def _window_names(plan: RunPlan, mixture: Mixture) -> Callable[[int, int], str]:
     return name
 
 
-def _gauge(plan: RunPlan, trainee: Trainee, world: World) -> Gauge:
+def _gauge(plan: RunPlan, trainee: Trainee, anchor: Anchor | None, world: World) -> Gauge:
     """Count what a step computes, and measure what the devices attain where the run is long enough for it."""
     device = trainee.model.device
     blocks = list(blocks_of(trainee.model, plan.base.family))
+    model = (trainee.root, trainee.model, blocks, plan.length)
     with torch.autocast(device.type, dtype=trainee.autocast) if trainee.autocast else nullcontext():
-        cost = count_flops(trainee.root, trainee.model, blocks, plan.length)
+        cost = count_flops(*model)
+        beside = anchor_flops(*model, anchor) * anchor.windows / plan.windows if anchor else 0.0
+    cost = replace(cost, rest=cost.rest + beside)
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time
     found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []
     return Gauge(cost=cost, attained=sum(found) or None)
 
 
-def _identity(plan: RunPlan, mixture: Mixture) -> dict[str, Any]:
+def _identity(plan: RunPlan, mixture: Mixture, anchored: Mixture | None) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must share."""
-    return {
+    shared = {
         "base": plan.fingerprint,
         "data": mixture.digest,
         "steps": plan.steps,
         "windows": plan.windows,
         **({"pack": _digest(plan.pack / BLOCKS_NAME)} if plan.pack else {}),
     }
+    return shared | ({"anchor": anchored.digest} if anchored else {})
 
 
 def _digest(path: Path) -> str:
@@ -227,5 +287,13 @@ def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
         autocast=trainee.autocast,
         evaluate_every=plan.evaluate_every,
         checkpoint_every=plan.checkpoint_every,
-        loss=liger_loss(trainee.model, trainee.autocast) if section.loss == "liger" else summed_loss,
+        loss=_loss(plan, trainee),
     )
+
+
+def _loss(plan: RunPlan, trainee: Trainee) -> Loss:
+    section = plan.train
+    loss = liger_loss(trainee.model, trainee.autocast) if section.loss == "liger" else summed_loss
+    if section.drift_penalty and plan.layout:
+        return penalised(loss, section.drift_penalty, plan.layout.new_indices)
+    return loss

@@ -21,6 +21,7 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
+from deepen.records.stop import EarlyStop
 from deepen.records.study import CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
@@ -33,6 +34,7 @@ __all__ = [
     "Column",
     "Comparison",
     "Difference",
+    "EarlyStop",
     "EvaluationPoint",
     "EvaluationRecord",
     "FindingsRecord",

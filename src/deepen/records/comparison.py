@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from deepen.records.results import Record, Role
+from deepen.records.record import Record
+from deepen.records.results import Role
 
 
 class Difference(Record):

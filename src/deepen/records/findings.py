@@ -1,4 +1,4 @@
-from deepen.records.results import Record
+from deepen.records.record import Record
 
 
 class FindingsRecord(Record):

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from deepen.records.provenance import Provenance
-from deepen.records.results import Record
+from deepen.records.record import Record
 
 
 class BlockImportance(Record):

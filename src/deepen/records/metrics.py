@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from deepen.errors import DataError
-from deepen.records.results import Record
+from deepen.records.record import Record
 
 
 class BlockPoint(Record):
@@ -38,6 +38,7 @@ class TrainingPoint(Record):
         utilisation: of what the devices attain in a square matrix product; None where that was not measured.
         blocks: block -> its figures, for each in which something trains.
         source_epochs: windows seen so far of each source, as a share of all it has.
+        anchor: mean KL(base ‖ model) on the step's anchor, nats per token; None without one.
     """
 
     step: int
@@ -53,6 +54,7 @@ class TrainingPoint(Record):
     utilisation: float | None = None
     blocks: dict[int, BlockPoint] = Field(default_factory=dict)
     source_epochs: dict[str, float] = Field(default_factory=dict)
+    anchor: float | None = None
 
 
 class EvaluationPoint(Record):

@@ -1,20 +1,15 @@
 from pathlib import Path
 from typing import Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from deepen.errors import DataError
 from deepen.records.provenance import Provenance
+from deepen.records.record import Record
+from deepen.records.stop import EarlyStop
 
 Role = Literal["general", "domain"]
 """Of a text or task: it must be kept, or learned."""
-
-
-class Record(BaseModel):
-    """A result as JSON. Unknown keys are kept: a newer deepen may have written them."""
-
-    # NaN and infinities are written as strings, which read back: JSON has no other way to hold them.
-    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
 
 
 class Metric(Record):
@@ -250,6 +245,7 @@ class RunResult(Record):
     audit: AuditResult | None
     quantisation: QuantisationResult | None = None
     template: str | None = None
+    stopped: EarlyStop | None = None
     outputs: list[str]
 
 

@@ -5,7 +5,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from deepen.records.provenance import Provenance
-from deepen.records.results import Metric, Record
+from deepen.records.record import Record
+from deepen.records.results import Metric
 
 
 class ScoredItem(Record):

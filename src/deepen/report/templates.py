@@ -38,6 +38,7 @@ def _environment() -> Environment:
         "number": wording.number,
         "epochs": wording.epochs,
         "quantisation": wording.quantisation,
+        "early_stop": wording.early_stop,
     }
     return environment
 

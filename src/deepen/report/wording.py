@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from deepen.records import Metric, QuantisationResult
+from deepen.records import EarlyStop, Metric, QuantisationResult
 
 _MINUS = "\N{MINUS SIGN}"
 # Between a number and its unit: the line does not break there.
@@ -73,6 +73,16 @@ def quantisation(result: QuantisationResult) -> str:
     ]
     missing = [f"What that costs was not measured: {result.unmeasured}."] if result.unmeasured else []
     return " ".join([held, *costs, *missing])
+
+
+def early_stop(result: EarlyStop) -> str:
+    """Say what ended training before its time, and what was kept."""
+    kept = f"those after step {result.kept:,}" if result.kept else "the base's own"
+    return (
+        f"Training ended after step {result.step:,}: the loss of {result.text} had risen by "
+        f"{change(result.rise)} nats per token, and {result.bound:g} was allowed (train.max_general_loss). "
+        f"The weights are {kept}."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

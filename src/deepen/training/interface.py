@@ -84,6 +84,8 @@ class StepReport:
         seconds: wall time of the step.
         sources: source -> tokens of it in the step that count in the loss.
         blocks: block -> what reached it and moved in it, for each in which something trains.
+        anchor: mean divergence from the base on the step's anchor before the update, in nats per token; None
+            without one.
     """
 
     step: int
@@ -93,6 +95,7 @@ class StepReport:
     seconds: float
     sources: Mapping[int, int]
     blocks: Mapping[int, BlockReport]
+    anchor: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,7 @@ class Hooks:
         save: with the number of steps done, when a checkpoint is due.
         stop: whether someone asked to stop.
         name_window: what a user calls a window, of the step (from 0) and its number in the batch.
+        enough: whether training ends with the evaluation just made.
     """
 
     log: Callable[[StepReport], None]
@@ -112,3 +116,4 @@ class Hooks:
     save: Callable[[int], None]
     stop: Callable[[], bool]
     name_window: Callable[[int, int], str] = lambda _, row: f"window {row}"
+    enough: Callable[[], bool] = bool

@@ -1,6 +1,7 @@
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 
 from deepen.errors import Diverged, Interrupted
 from deepen.model.structure import family_of
+from deepen.training.anchor import Anchor, anchor_loss
 from deepen.training.interface import Batch, Hooks, Settings, StepReport
-from deepen.training.loss import IGNORED
+from deepen.training.loss import IGNORED, Loss
 from deepen.training.meters import BlockReport, Blocks, by_block, gradient_norms, step_blocks
 from deepen.training.nonfinite import NotFinite, explain, find_bad_windows
 from deepen.training.parallel import Root, without_exchange
@@ -34,6 +36,7 @@ def train(
     root: nn.Module | None = None,
     world: World | None = None,
     prefix: PrefixCache | None = None,
+    anchor: Anchor | None = None,
 ) -> None:
     """Train `parameters` from step `first_step` to the last.
 
@@ -50,6 +53,7 @@ def train(
             what is reported is the same in all.
         prefix: what windows are below the first block that trains, so that it is computed once; needs
             `numbers` in the batches.
+        anchor: what holds the model to its base.
 
     Raises:
         Diverged: the loss or a gradient is not finite; the parameters are those of the step before.
@@ -60,8 +64,9 @@ def train(
     model.train()
     for step in range(first_step, settings.steps):
         batch = batch_at(step, settings.windows)
+        terms = [_Term(batch, settings.loss, prefix), *_anchor_terms(anchor, step)]
         try:
-            hooks.log(_step(root, parameters, blocks, optimizer, batch, settings, step, world, prefix))
+            hooks.log(_step(root, parameters, blocks, optimizer, terms, settings, step, world))
         except NotFinite as found:
             rows = _find_bad_windows(root, parameters, optimizer, batch, settings, world)
             names = [hooks.name_window(step, row) for row in rows]
@@ -70,6 +75,8 @@ def train(
         last = done == settings.steps
         if last or done % settings.evaluate_every == 0:
             hooks.evaluate(done)
+            if hooks.enough():
+                return  # no checkpoint: a run that goes on from the one before comes to the same end
             model.train()
         stopping = world.any(hooks.stop()) and not last
         if last or stopping or done % settings.checkpoint_every == 0:
@@ -83,11 +90,10 @@ def _step(
     parameters: Mapping[str, nn.Parameter],
     blocks: Blocks,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    terms: Sequence["_Term"],
     settings: Settings,
     step: int,
     world: World,
-    prefix: PrefixCache | None,
 ) -> StepReport:
     begin = perf_counter()
     if not world.is_first:
@@ -96,13 +102,15 @@ def _step(
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = _accumulate(root, batch, settings, world, prefix)
+    loss, *others = _accumulate(root, terms, settings, world)
     reached = gradient_norms(blocks, world)
     norm = _clip(parameters, settings.clip)
-    if not np.isfinite(loss) or not np.isfinite(norm):
-        raise NotFinite(f"step {step + 1}: loss {loss}, gradient norm {norm}")
+    if not np.isfinite([loss, norm, *others]).all():
+        found = "".join(f", anchor {other}" for other in others)
+        raise NotFinite(f"step {step + 1}: loss {loss}{found}, gradient norm {norm}")
     moved = step_blocks(optimizer, blocks, world)
     optimizer.zero_grad(set_to_none=True)
+    batch = terms[0].batch
     counts = np.bincount(batch.sources, weights=batch.trained_tokens)
     return StepReport(
         step=step + 1,
@@ -112,7 +120,14 @@ def _step(
         seconds=perf_counter() - begin,
         sources={source: int(count) for source, count in enumerate(counts) if count},
         blocks={i: BlockReport(gradient_norm=reached[i], update=moved[i]) for i in blocks},
+        anchor=others[0] if others else None,
     )
+
+
+def _anchor_terms(anchor: Anchor | None, step: int) -> Iterator["_Term"]:
+    if anchor:
+        batch = anchor.batch_at(step, anchor.windows)
+        yield _Term(batch, anchor_loss(anchor.base, anchor.prefix), weight=anchor.weight)
 
 
 def _find_bad_windows(
@@ -127,40 +142,70 @@ def _find_bad_windows(
 
     def is_finite(window: Batch) -> bool:
         optimizer.zero_grad(set_to_none=True)
-        loss = _accumulate(root, window, settings, world, None)
+        (loss,) = _accumulate(root, [_Term(window, settings.loss)], settings, world)
         return bool(np.isfinite(loss) and np.isfinite(_clip(parameters, None)))
 
     return find_bad_windows(batch, is_finite)
 
 
-def _accumulate(
-    root: nn.Module, batch: Batch, settings: Settings, world: World, prefix: PrefixCache | None
-) -> float:
-    """Add up gradients over micro-batches and processes, each divided by the *step's* tokens.
+@dataclass(frozen=True)
+class _Term:
+    """A part of what a step makes small.
+
+    Attributes:
+        batch: its windows.
+        loss: summed over their targets, of which the mean counts.
+        prefix: what they are below the first block that trains.
+        weight: of the mean.
+    """
+
+    batch: Batch
+    loss: Loss
+    prefix: PrefixCache | None = None
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Targets that count, of all processes."""
+        return max(1, int(self.batch.trained_tokens.sum()))
+
+
+def _accumulate(root: nn.Module, terms: Sequence[_Term], settings: Settings, world: World) -> list[float]:
+    """Add up gradients over micro-batches and processes, each divided by the *step's* tokens of its term.
 
     Every process makes as many passes as the one with most windows, as sharded weights are gathered by all
     at once; where it has no window left, it runs one that counts for nothing.
 
     Returns:
-        The mean loss of the step.
+        The mean loss of each term.
     """
     device = next(root.parameters()).device
-    windows = len(batch.tokens)
-    total = max(1, int(batch.trained_tokens.sum()))
-    summed = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
-    mine = torch.split(torch.arange(windows)[world.rank :: world.size], settings.micro_batch)
-    passes = math.ceil(math.ceil(windows / world.size) / settings.micro_batch)
-    for index in range(passes):
-        counts = index < len(mine) and len(mine[index]) > 0
-        rows = mine[index].numpy() if counts else np.zeros(1, dtype=np.int64)
-        part = _part(batch, rows, device)
-        with without_exchange(root, last=index == passes - 1):
-            with _autocast(device, settings.autocast), _below(prefix, batch, rows):
-                nll = root(lambda model, part=part: settings.loss(model, *part)) * counts
+    where = device if device.type != "mps" else torch.device("cpu")
+    summed = torch.zeros(len(terms), dtype=torch.float64, device=where)
+    passes = [
+        (index, rows)
+        for index, term in enumerate(terms)
+        for rows in _passes(len(term.batch.tokens), settings, world)
+    ]
+    for number, (index, mine) in enumerate(passes):
+        term, counts = terms[index], len(mine) > 0
+        rows = mine if counts else np.zeros(1, dtype=np.int64)
+        part = _part(term.batch, rows, device)
+        with without_exchange(root, last=number == len(passes) - 1):
+            with _autocast(device, settings.autocast), _below(term.prefix, term.batch, rows):
+                nll = root(lambda model, term=term, part=part: term.loss(model, *part)) * counts
             # Of gradients the mean over processes is taken: hence their number.
-            (nll / (total / world.size)).backward()
-        summed += nll.detach().to(summed)
-    return (world.add(summed) / total).item()
+            (nll / (term.tokens / (term.weight * world.size))).backward()
+        summed[index] += nll.detach().to(summed)
+    totals = world.add(summed).tolist()
+    return [total / term.tokens for total, term in zip(totals, terms, strict=True)]
+
+
+def _passes(windows: int, settings: Settings, world: World) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    """Return this process's windows of each pass; none in a pass that only others need."""
+    mine, size = np.arange(windows, dtype=np.int64)[world.rank :: world.size], settings.micro_batch
+    passes = math.ceil(math.ceil(windows / world.size) / size)
+    return [mine[index * size : (index + 1) * size] for index in range(passes)]
 
 
 def _below(

@@ -19,6 +19,9 @@ from deepen.model.head import only_head
 # As `summed_loss`.
 Loss = Callable[..., torch.Tensor]
 
+# Of the head, states [windows, part, width] and where they lie among the positions.
+Measure = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, slice], torch.Tensor]
+
 # A target that does not count.
 IGNORED: Final = -100
 # Elements of the logits held at a time: 64 MB in fp32.
@@ -47,8 +50,28 @@ def summed_loss(
     """
     placed = {} if positions is None else {"position_ids": positions}
     states = model.base_model(input_ids=inputs, use_cache=False, **placed).last_hidden_state
+    return summed_by_parts(
+        model, states, lambda run, part, place: _cross_entropy(run(part), targets[:, place])
+    )
+
+
+def summed_by_parts(
+    model: PreTrainedModel, states: torch.Tensor, measure: Measure, *, held: int = 1
+) -> torch.Tensor:
+    """Return the sum over positions of what is measured on the head's logits, some positions at a time.
+
+    Args:
+        model: a causal language model.
+        states: final states [windows, length, width].
+        measure: of (a function from states to logits, some positions' states, their slice): a scalar that
+            sums over these positions.
+        held: how many tensors as large as the logits a measure holds at a time.
+
+    Returns:
+        A scalar in fp32 to call `backward` on, once.
+    """
     head = _trainable_head(model)
-    loss: torch.Tensor = _HeadLoss.apply(states, model, targets, *head)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _HeadLoss.apply(states, model, measure, held, *head)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -61,13 +84,19 @@ def _trainable_head(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Cross-entropy of the head's logits; gradients are made in the forward pass, part by part."""
+    """A sum over the head's logits; gradients are made in the forward pass, part by part."""
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, model: PreTrainedModel, labels: torch.Tensor, *head: nn.Parameter
+        ctx: Any,
+        states: torch.Tensor,
+        model: PreTrainedModel,
+        measure: Measure,
+        held: int,
+        *head: nn.Parameter,
     ) -> torch.Tensor:
-        step = max(1, _MOST_LOGITS // (model.config.get_text_config().vocab_size * len(states)))
+        words = model.config.get_text_config().vocab_size
+        step = max(1, _MOST_LOGITS // (held * words * len(states)))
         total = torch.zeros((), device=states.device)
         upstream = torch.empty_like(states) if states.requires_grad else None
         gradients = [torch.zeros_like(parameter) for parameter in head]
@@ -76,7 +105,7 @@ class _HeadLoss(torch.autograd.Function):
                 end = begin + step
                 part = states[:, begin:end].detach().requires_grad_(upstream is not None)
                 with torch.enable_grad():
-                    loss = _cross_entropy(run(part), labels[:, begin:end])
+                    loss = measure(run, part, slice(begin, end))
                 found = torch.autograd.grad(loss, [*([part] if upstream is not None else []), *head])
                 if upstream is not None:
                     upstream[:, begin:end], *found = found  # type: ignore[assignment]
@@ -91,7 +120,7 @@ class _HeadLoss(torch.autograd.Function):
         # In place: nothing else refers to them, and a copy would be as large as the states.
         scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in (ctx.upstream, *ctx.gradients)]
         ctx.upstream, ctx.gradients = None, []
-        return scaled[0], None, None, *scaled[1:]
+        return scaled[0], None, None, None, *scaled[1:]
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

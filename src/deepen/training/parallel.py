@@ -83,6 +83,11 @@ def plain_root(root: nn.Module) -> nn.Module:
     return root.module if isinstance(root, DistributedDataParallel) else root
 
 
+def sharded(root: nn.Module) -> bool:
+    """Whether a model's tensors are cut over the processes."""
+    return isinstance(root, FSDPModule)
+
+
 def release(root: nn.Module) -> None:
     """Give back what passes without a backward pass have left gathered: it would hide later changes."""
     if isinstance(root, FSDPModule):

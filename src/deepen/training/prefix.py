@@ -25,6 +25,7 @@ from deepen.errors import TrainingError
 from deepen.families import Family
 from deepen.model.structure import blocks_of, family_of
 from deepen.training.prefix_file import PrefixFile
+from deepen.training.stand_in import StandIn, standing_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class PrefixCache:
         states = self._file.read(numbers)
         entry = _Entry(prefix.blocks[prefix.depth], states)
         others = {prefix.depth: entry} if states is None else _passed_by(prefix, entry)
-        with _standing_in(prefix.blocks, others):
+        with standing_in(prefix.blocks, others):
             yield
         if entry.found is not None:
             self._file.write(numbers, entry.found)
@@ -127,6 +128,27 @@ def find_prefix(model: PreTrainedModel, autocast: torch.dtype | None = None) -> 
     return prefix
 
 
+@contextmanager
+def noting(prefix: Prefix) -> Iterator[list[torch.Tensor]]:
+    """Note the states that leave what lies below, once for each pass within.
+
+    They are the same in the bypassed model, which has the same blocks there.
+    """
+    last = _Leaving(prefix.blocks[prefix.depth - 1])
+    with standing_in(prefix.blocks, {prefix.depth - 1: last}):
+        yield last.noted
+
+
+@contextmanager
+def handing_over(prefix: Prefix, states: torch.Tensor) -> Iterator[None]:
+    """Have passes within take these states for what leaves the blocks below, none of which is run."""
+    top = prefix.depth - 1
+    passed = {index: _Passed(prefix.blocks[index], items) for index, items in enumerate(prefix.returned)}
+    passed[top] = _Passed(prefix.blocks[top], prefix.returned[top], states)
+    with standing_in(prefix.blocks, passed):
+        yield
+
+
 _TRIAL = torch.arange(1, 15).view(2, 7)
 
 
@@ -154,7 +176,7 @@ def _trial(
     tokens = (_TRIAL % model.get_input_embeddings().weight.shape[0]).to(device)
     model.train()
     try:
-        with _seeded(device), computing, _standing_in(blocks, others):
+        with _seeded(device), computing, standing_in(blocks, others):
             states: torch.Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     finally:
         model.train(training)
@@ -166,31 +188,7 @@ def _passed_by(prefix: Prefix, entry: "_Entry") -> dict[int, nn.Module]:
     return {**passed, prefix.depth: entry}
 
 
-@contextmanager
-def _standing_in(blocks: nn.ModuleList, others: Mapping[int, nn.Module]) -> Iterator[None]:
-    """Let other modules stand in the places of some blocks."""
-    held = {index: blocks[index] for index in others}
-    try:
-        for index, other in others.items():
-            blocks[index] = other
-        yield
-    finally:
-        for index, block in held.items():
-            blocks[index] = block
-
-
-class _StandIn(nn.Module):
-    """Has all that a model may look for in the block it stands in for."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # no child: its parameters are the model's already
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-
-class _Watched(_StandIn):
+class _Watched(StandIn):
     """Notes what its block returns."""
 
     items = 0
@@ -201,19 +199,34 @@ class _Watched(_StandIn):
         return found
 
 
-class _Passed(_StandIn):
-    """Does nothing, in the form in which its block returns something."""
+class _Leaving(StandIn):
+    """Notes the states that its block returns."""
 
-    def __init__(self, block: nn.Module, items: int) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
-        self.items = items
+        self.noted: list[torch.Tensor] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
+        found = self.block(*args, **kwargs)
+        self.noted.append(found[0] if isinstance(found, tuple) else found)
+        return found
+
+
+class _Passed(StandIn):
+    """Returns what it is given, or other states, in the form in which its block returns something."""
+
+    def __init__(self, block: nn.Module, items: int, states: torch.Tensor | None = None) -> None:
+        super().__init__(block)
+        self.items = items
+        self._given = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = args[0] if args else kwargs["hidden_states"]
+        states = found if self._given is None else self._given
         return (states, *[None] * (self.items - 1)) if self.items else states
 
 
-class _Entry(_StandIn):
+class _Entry(StandIn):
     """The first block that trains: notes the states that enter it, or is given others."""
 
     def __init__(self, block: nn.Module, states: torch.Tensor | None = None) -> None:

@@ -1,0 +1,67 @@
+"""How far training may move the model from its base, and what holds it back."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from deepen.config.section import Count, Positive, Section
+
+
+class AnchorSection(Section):
+    """KL(base ‖ model) on further windows beside each step's, whose tokens are not learned.
+
+    The base is the model itself without what trains (`blocks`, `lora`); for other methods a frozen copy of it
+    is held beside the model, as large again, and `parallel: fsdp` is refused.
+    """
+
+    share: Annotated[Positive, Field(le=4)] = 0.25
+    """Windows of the anchor for each window of a step; at least one a step."""
+
+    weight: Positive = 1.0
+    """Of the divergence, in nats per token of the anchor, beside the loss, in nats per token."""
+
+    source: Literal["self", "general"] = "self"
+    """`self`: text that the base writes before training; `general`: the texts of `data.anchor`."""
+
+    tokens: Count = 262_144
+    """For `self`: tokens the base writes, no more than the run reads; kept beside the tokenised texts."""
+
+    temperature: Positive = 1.0
+    """For `self`: divides the logits that are drawn from; 1 is the base's own distribution."""
+
+
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "paper": {
+        "method": "blocks",
+        "batch_tokens": 1024 * 4096,
+        "optimizer": "adamw",
+        "learning_rate": 2e-4,
+        "schedule": "cosine",
+        "warmup": 0.06,
+        "weight_decay": 0.1,
+        "betas": [0.9, 0.95],
+        "clip": 1.0,
+        "anchor": None,
+        "drift_penalty": None,
+        "max_general_loss": None,
+    },
+    "balanced": {"anchor": {"source": "self", "share": 0.25, "weight": 1.0}},
+    "keep": {"anchor": {"source": "self", "share": 0.25, "weight": 4.0}},
+}
+"""What `train.preset` sets where the recipe says nothing; a section is filled up key by key."""
+
+
+def with_preset(given: Any) -> Any:
+    """Return the raw keys of `train`, those of its preset filled in."""
+    if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
+        return given
+    return _filled(PRESETS.get(given["preset"], {}), given)
+
+
+def _filled(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {**preset, **given}
+    for key in preset.keys() & given.keys():
+        if isinstance(preset[key], Mapping) and isinstance(given[key], Mapping):
+            filled[key] = _filled(preset[key], given[key])
+    return filled
