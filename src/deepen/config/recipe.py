@@ -168,7 +168,7 @@ class Recipe(Section):
         if train.method != "blocks" and isinstance(expand, ExpandSection):
             faults.append(f"method {train.method} trains on the base itself; remove the expand section")
         faults += _quantisation_faults(train)
-        faults += _drift_faults(train, data)
+        faults += _drift_faults(train, data if isinstance(data, DataSection) else None)
         if train.match_parameters and train.method not in ("lora", "freeze"):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
         if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
