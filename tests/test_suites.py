@@ -522,7 +522,7 @@ def test_texts_are_scored_once_and_have_a_role(place, tmp_path, capsys, monkeypa
 
 def test_nothing_asked(place, capsys):
     assert main(["evaluate", str(place / "base")]) == 2
-    assert "nothing to evaluate: give --suite, --task or --text" in capsys.readouterr().err
+    assert "nothing to evaluate: give --suite, --task, --text, --chat or --tools" in capsys.readouterr().err
 
 
 def test_items_survive_json():
