@@ -12,7 +12,7 @@ from deepen.config import Recipe, TextSet
 from deepen.errors import EvaluationError, OutputError
 from deepen.evaluation.suites import TaskSpec, task_specs
 from deepen.evaluation.suites.programs import program_scorers
-from deepen.pipeline.chat import ChatSettings, chat_jobs, score_chat
+from deepen.pipeline.chat import ChatJob, ChatSettings, chat_jobs, score_chat
 from deepen.pipeline.losses import score_subject
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.subject import Subject, find_subject, open_run_recipe
@@ -81,8 +81,7 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
     if not (_asks(request) or held):
         raise EvaluationError("nothing to evaluate: give --suite, --task, --text, --chat or --tools")
     jobs = chat_jobs(request.chat, request.allow_unprotected, reporter)
-    if twice := {job.name for job in jobs} & {spec.label for spec in request.tasks}:
-        raise EvaluationError(f"{', '.join(sorted(twice))}: a task is called so too; rename the file")
+    _refuse_same_names(request, jobs, held)
     subject = find_subject(request.target, request.base)
     device = choose_device(request.device)
     with _kept(request.out) as out:
@@ -104,6 +103,18 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
             metrics += [metric for record in records for metric in record.metrics]
             failures += failed
     return Evaluation(subject=subject, metrics=metrics, failures=failures, out=request.out)
+
+
+def _refuse_same_names(request: Request, jobs: list[ChatJob], held: list[Metric]) -> None:
+    """Refuse what would hide, or be hidden by, another result of its name."""
+    if twice := {job.name for job in jobs} & {spec.label for spec in request.tasks}:
+        raise EvaluationError(f"{', '.join(sorted(twice))}: a task is called so too; rename the file")
+    texts = {text.label for _, text in _with_roles(request)}
+    if twice := texts & {metric.task for metric in held}:
+        raise EvaluationError(
+            f"{', '.join(sorted(twice))}: the run was evaluated on a text of this name already;\n"
+            "leave it out, or rename the file if it is another text"
+        )
 
 
 def _asks(request: Request) -> bool:
