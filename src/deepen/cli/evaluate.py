@@ -109,12 +109,12 @@ def evaluate(
 
 def _judge(questions: Path | None, url: str | None, name: str | None) -> "Judge | None":
     """Return who judges; the key is read from OPENAI_API_KEY when it is asked."""
-    from deepen.evaluation.chat import Endpoint, Judge
-
     if questions is None and url is None and name is None:
         return None
     if questions is None or url is None or name is None:
         raise EvaluationError("--chat, --judge and --judge-model belong together; give all three")
+    from deepen.evaluation.chat import Endpoint, Judge
+
     return Judge(endpoint=Endpoint(url=url, model=name))
 
 
