@@ -61,8 +61,8 @@ def greedy(model, tokenizer, talk, tokens):
 
 
 def test_replies_are_greedy_and_the_base_answers_as_from_disk(place, model, tokenizer):
-    ours = LiveChat(model, tokenizer, "digest", max_new_tokens=6, batch_size=2).reply(TALKS)
-    theirs = LiveChat(model, tokenizer, "digest", bypassed=True, max_new_tokens=6, batch_size=2)
+    ours = LiveChat(lambda: model, tokenizer, "digest", max_new_tokens=6, batch_size=2).reply(TALKS)
+    theirs = LiveChat(lambda: model, tokenizer, "digest", bypassed=True, max_new_tokens=6, batch_size=2)
     base = AutoModelForCausalLM.from_pretrained(place).eval()
     assert ours == [greedy(model, tokenizer, talk, 6) for talk in TALKS]
     assert theirs.reply(TALKS) == [greedy(base, tokenizer, talk, 6) for talk in TALKS]
@@ -70,22 +70,22 @@ def test_replies_are_greedy_and_the_base_answers_as_from_disk(place, model, toke
 
 
 def test_a_sampling_generation_config_changes_nothing(model, tokenizer, monkeypatch, recwarn):
-    before = LiveChat(model, tokenizer, "digest", max_new_tokens=6).reply(TALKS)
+    before = LiveChat(lambda: model, tokenizer, "digest", max_new_tokens=6).reply(TALKS)
     monkeypatch.setattr(model.generation_config, "do_sample", True)
     monkeypatch.setattr(model.generation_config, "temperature", 5.0)
-    assert LiveChat(model, tokenizer, "digest", max_new_tokens=6).reply(TALKS) == before
+    assert LiveChat(lambda: model, tokenizer, "digest", max_new_tokens=6).reply(TALKS) == before
     assert not recwarn.list
 
 
 def test_a_reply_ends_with_a_stop_sequence(model, tokenizer):
-    live = LiveChat(model, tokenizer, "digest", max_new_tokens=12)
+    live = LiveChat(lambda: model, tokenizer, "digest", max_new_tokens=12)
     (whole,) = live.reply(TALKS[:1])
     stop = whole[3:5]
     assert live.reply(TALKS[:1], [stop]) == [whole[: whole.index(stop) + 2]]
 
 
 def test_a_long_conversation_has_less_room_or_none_and_the_others_keep_theirs(model, tokenizer):
-    live = LiveChat(model, tokenizer, "digest", max_new_tokens=8)
+    live = LiveChat(lambda: model, tokenizer, "digest", max_new_tokens=8)
     nearly, long = ([user("?" * length)] for length in (108, 300))
     text = tokenizer.apply_chat_template(nearly, tokenize=False, add_generation_prompt=True)
     room = 128 - len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -104,9 +104,9 @@ def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, monkeypatch):
         return generate(self, prompts, *others)
 
     talks, most = [[user(f"block {at}")] for at in range(9)], 2
-    expected = LiveChat(model, tokenizer, "digest", max_new_tokens=4, batch_size=1).reply(talks)
+    expected = LiveChat(lambda: model, tokenizer, "digest", max_new_tokens=4, batch_size=1).reply(talks)
     monkeypatch.setattr(LiveChat, "_generate", limited)
-    live = LiveChat(model, tokenizer, "digest", max_new_tokens=4, batch_size=8)
+    live = LiveChat(lambda: model, tokenizer, "digest", max_new_tokens=4, batch_size=8)
     assert live.reply(talks) == expected
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 1]
     most = 0
@@ -116,7 +116,7 @@ def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, monkeypatch):
 
 def test_identities_tell_what_replies_depend_on(model, tokenizer):
     found = {
-        LiveChat(model, tokenizer, *identity, **options).identity
+        LiveChat(lambda: model, tokenizer, *identity, **options).identity
         for identity, options in [
             (["one"], {}),
             (["two"], {}),
@@ -125,17 +125,17 @@ def test_identities_tell_what_replies_depend_on(model, tokenizer):
         ]
     }
     assert len(found) == 4
-    one, same = (LiveChat(model, tokenizer, "one", batch_size=size).identity for size in (1, 2))
+    one, same = (LiveChat(lambda: model, tokenizer, "one", batch_size=size).identity for size in (1, 2))
     assert one == same
 
 
 def test_without_a_chat_template_it_is_said(place, model):
     with pytest.raises(EvaluationError, match="has no chat template"):
-        LiveChat(model, AutoTokenizer.from_pretrained(place), "digest")
+        LiveChat(lambda: model, AutoTokenizer.from_pretrained(place), "digest")
 
 
 def test_a_template_that_refuses_is_said(model, place):
     tokenizer = AutoTokenizer.from_pretrained(place)
     tokenizer.chat_template = "{{ raise_exception('only odd turns') }}"
     with pytest.raises(EvaluationError, match=r"chat template fails .*only odd turns"):
-        LiveChat(model, tokenizer, "digest").reply(TALKS)
+        LiveChat(lambda: model, tokenizer, "digest").reply(TALKS)

@@ -7,7 +7,7 @@ from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from deepen import bypass, insert_blocks
-from deepen.errors import DataError
+from deepen.errors import DataError, EvaluationError
 from deepen.evaluation import shift
 from deepen.evaluation.heldout import score_windows
 from deepen.evaluation.shift import measure_shift
@@ -133,3 +133,25 @@ def test_the_base_runs_first_and_progress_counts_to_the_end(model):
 def test_an_unknown_token_is_the_users_error(model):
     with pytest.raises(DataError, match=f"token id {VOCABULARY}"):
         measure_shift(model, [np.array([1, VOCABULARY])], bypass)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_those_after_it(model):
+    windows, sizes = random_windows([9] * 7 + [5]), []
+    whole = measure_shift(model, windows, bypass)
+
+    def scarce(most):
+        def call(work):
+            found = work(model)
+            sizes.append(len(found[0]))
+            if len(found[0]) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return found
+
+        return call
+
+    found = measure_shift(model, windows, bypass, call=scarce(2))
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    np.testing.assert_array_equal(found.unshifted, whole.unshifted)
+    np.testing.assert_allclose(found.kl, whole.kl, rtol=1e-5)
+    with pytest.raises(EvaluationError, match="rank shift: 9 tokens alone do not fit the memory"):
+        measure_shift(model, windows, bypass, call=scarce(0))

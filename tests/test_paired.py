@@ -122,6 +122,38 @@ def test_binary_items_in_clusters_are_not_taken_as_independent():
     assert found.p > alone.p
 
 
+def test_items_said_twice_tell_nothing_new():
+    """An item repeated in a cluster of its own counts once: the interval is that of the single items."""
+    once = table(30, 12, 600, 358)
+    numbers = np.repeat(np.arange(1000), 4)
+    found, alone = one(paired(once.values[numbers], once.base[numbers], clusters=numbers)), one(once)
+    assert (found.ci_low, found.ci_high) == pytest.approx((alone.ci_low, alone.ci_high), rel=5e-3)
+    # The score test of one proportion, 30 of 42 against a half.
+    assert found.p == pytest.approx(scipy.stats.chisquare([30, 12]).pvalue, rel=0.1)
+    assert found.n == 4000
+
+
+@pytest.mark.parametrize("clusters", [None, np.repeat(np.arange(40), 5)])
+@pytest.mark.parametrize("step", [1.0, 0.25])
+def test_what_was_never_seen_to_differ_may_differ(clusters, step):
+    """40 problems, or 200 in 40 clusters, all scored alike under both: a loss of some points is possible."""
+    values = step * np.ones(40 if clusters is None else 200)
+    found = one(paired(values, values, clusters=clusters))
+    assert found.delta == 0
+    assert found.ci_low < -0.05
+    assert found.ci_high > 0.05
+    assert (found.p, found.verdict) == (1.0, "not enough items")
+
+
+def test_few_scores_that_differ_are_counted_as_wholly_lost_or_gained():
+    values = np.ones(200)
+    values[:4] = 0.5
+    found = one(paired(values, np.ones(200)))
+    low, high = score_interval(0, 2, 200, scipy.stats.t.ppf(0.975, 199))
+    assert (found.ci_low, found.ci_high) == pytest.approx((low, high))
+    assert found.delta == pytest.approx(-0.01)
+
+
 def test_neither_the_order_of_tasks_nor_of_items_matters():
     generator = np.random.default_rng(5)
     values, base, clusters = generator.random(90), generator.random(90), generator.integers(0, 40, 90)
@@ -173,11 +205,45 @@ def test_the_verdict_is_where_the_interval_lies(low, high, higher, verdict):
         task="t", metric="m", value=0, stderr=None, n=100, base_value=0, delta=-0.005 if higher else 0.005,
         ci_low=low, ci_high=high, higher_is_better=higher,
     )  # fmt: skip
-    found = settle(metric, margin=0.01, error=0.006, units=100)
+    found = settle(metric, margin=0.01, error=0.006, units=100, even=True)
     assert (found.verdict, found.margin) == (verdict, 0.01)
     assert (found.items_needed is None) == (verdict != "not enough items")
     if verdict == "not enough items":
         assert found.items_needed == math.ceil(100 * (0.006 * (Z + scipy.stats.norm.ppf(0.8)) / 0.005) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("high", "verdict"), [(0.0089, "kept"), (0.0091, "not enough items"), (0.0099, "not enough items")]
+)
+def test_what_may_be_skewed_must_lie_within_the_margin_with_room_to_spare(high, verdict):
+    metric = Metric(
+        task="t", metric="nats_per_token", value=0, stderr=None, n=100, base_value=0, delta=0.005,
+        ci_low=0.001, ci_high=high, higher_is_better=False,
+    )  # fmt: skip
+    # At 100 items the end that decides lies 1.25 times as far: 0.005 + 1.25 × 0.004 is just the margin.
+    found = settle(metric, margin=0.01, error=0.002, units=100)
+    assert found.verdict == verdict
+    assert settle(metric, margin=0.01, error=0.002, units=100, even=True).verdict == "kept"
+
+
+def test_so_many_documents_do_decide():
+    generator = np.random.default_rng(0)
+
+    def settled(n):
+        found = paired_difference(*generator.normal(3, 0.03, (2, n)), np.ones(n), resamples=400)
+        metric = Metric(
+            task="t", metric="nats_per_token", value=3, stderr=None, n=n, base_value=3, delta=found.delta,
+            ci_low=found.ci_low, ci_high=found.ci_high, higher_is_better=False,
+        )  # fmt: skip
+        return settle(metric, margin=0.01, error=0.03 * math.sqrt(2 / n), units=n)
+
+    metric = Metric(
+        task="t", metric="m", value=3, stderr=None, n=40, base_value=3, delta=0, higher_is_better=False
+    )
+    needed = settle(metric, margin=0.01, error=0.03 * math.sqrt(2 / 40), units=40).items_needed
+    assert 150 < needed < 250
+    kept = sum(settled(needed).verdict == "kept" for _ in range(300))
+    assert 0.74 < kept / 300 < 0.88
 
 
 def test_so_many_items_do_decide():
@@ -210,8 +276,8 @@ def test_few_items_are_never_called_kept_or_lost():
     base = generator.random(29)
     for values in (base, base + 0.5, base - 0.5 + 0.01 * generator.random(29)):
         assert one(paired(values, base)).verdict == "not enough items"
-    many = np.arange(30) / 30
-    assert one(paired(many, many)).verdict == "kept"
+    losses = 1 + np.arange(30) / 30
+    assert one(paired(losses, losses)).verdict == "kept"
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3])

@@ -426,6 +426,12 @@ def test_a_run_evaluates_the_tasks_of_its_recipe(trained, capsys):
     assert "nats_per_token" in {metric["metric"] for metric in answer["metrics"]}
 
 
+def test_a_text_is_not_hidden_by_the_runs_own_of_its_name(trained, tmp_path, capsys):
+    (tmp_path / "general.txt").write_text("other words. " * 100)
+    assert main(["evaluate", str(trained), "--text", str(tmp_path / "general.txt"), "--device", "cpu"]) == 2
+    assert "general: the run was evaluated on a text of this name already" in capsys.readouterr().err
+
+
 def test_a_trained_run_shows_what_was_learned_and_kept(place, trained, capsys):
     """Base, value, difference, interval and verdict; the base's value is that of transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -522,7 +528,7 @@ def test_texts_are_scored_once_and_have_a_role(place, tmp_path, capsys, monkeypa
 
 def test_nothing_asked(place, capsys):
     assert main(["evaluate", str(place / "base")]) == 2
-    assert "nothing to evaluate: give --suite, --task or --text" in capsys.readouterr().err
+    assert "nothing to evaluate: give --suite, --task, --text, --chat or --tools" in capsys.readouterr().err
 
 
 def test_items_survive_json():

@@ -15,6 +15,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl.trainer import dpo_trainer
 
 import deepen
 from deepen.blocks import adopt
@@ -127,6 +128,41 @@ def test_the_sft_example(tmp_path, monkeypatch, dtype):
     options = ("--length", 48, "--steps", 2)
     model = run_example("sft_trainer.py", monkeypatch, base, tmp_path / "rows.jsonl", out, *options)
     check_example(model, base, out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_preference_example(tmp_path, monkeypatch, dtype):
+    """What the reference says is what the base from disk says, to the bit, and no second model is loaded."""
+    base, out = write_base(tmp_path / "base", dtype=dtype), tmp_path / "out"
+    rows = [{"prompt": t[:20], "chosen": t[20:60], "rejected": t[59:19:-1]} for t in sentences(3, 16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compute, step = dpo_trainer.DPOTrainer.compute_ref_log_probs, dpo_trainer.DPOTrainer.training_step
+    from_disk, margins, references = plain(base, dtype), [], []
+    dpo_trainer.add_fused_lm_head(from_disk)
+
+    def computed(self, model, inputs):
+        found = compute(self, model, inputs)
+        assert len(model.model.layers) == len(from_disk.model.layers)
+        references.append((found, compute(self, from_disk, inputs)))
+        return found
+
+    def stepped(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        margins.append(self._metrics["train"]["rewards/margins"][-1])
+        return loss
+
+    monkeypatch.setattr(dpo_trainer.DPOTrainer, "compute_ref_log_probs", computed)
+    monkeypatch.setattr(dpo_trainer.DPOTrainer, "training_step", stepped)
+    monkeypatch.setattr(dpo_trainer, "create_model_from_path", lambda *_, **__: pytest.fail("a second model"))
+    options = ("--length", 96, "--steps", 6, "--rate", 5e-3)
+    model = run_example("dpo.py", monkeypatch, base, tmp_path / "rows.jsonl", out, *options)
+    check_example(model, base, out)
+    assert len(references) == 2
+    for ours, theirs in references:
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+    # Before the first step model and reference are one.
+    assert margins[0] == 0
+    assert margins[-1] > 0.1
 
 
 # --- what a pack could not hold, or would not be trained, is refused before the first step

@@ -1,6 +1,8 @@
 """How often the 95% intervals hold the truth, and how often a loss of just the margin is called kept.
 
-    python studies/intervals/coverage.py [PART ...]     PART: binary, scores, again, clusters; default: all
+    python studies/intervals/coverage.py [PART ...]
+
+PART is binary, scores, again, clusters or binary_clusters; default: all.
 
 Results known beforehand: paired items are drawn from distributions whose true difference is given, 2,000
 times each, and every draw gets the interval and the verdict a user would get. For right-or-wrong items the
@@ -19,8 +21,10 @@ from scipy.stats import multinomial
 
 from deepen.checkpoint import write_file
 from deepen.evaluation.binary import score_interval
-from deepen.evaluation.statistics import paired_difference
-from deepen.records import capture_provenance
+from deepen.evaluation.paired import PairedItems, compare_items
+from deepen.evaluation.statistics import Interval, paired_difference
+from deepen.evaluation.verdict import settle
+from deepen.records import Metric, capture_provenance
 
 OUT = Path(__file__).resolve().parents[1] / "records" / "intervals.json"
 TRIALS, SEED = 2_000, 20_260_301
@@ -37,7 +41,7 @@ SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def main(parts: list[str]) -> None:
-    made = {"binary": binary, "scores": scores, "again": again, "clusters": clusters}
+    made = {part.__name__: part for part in (binary, scores, again, clusters, binary_clusters)}
     for part in parts or made:
         for number, row in enumerate(made[part]()):
             print(part, row, flush=True)
@@ -104,7 +108,7 @@ def _score_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
 
 def scores() -> Iterator[dict[str, object]]:
     """Items with a score: the difference has the shape named, mean 0 and standard deviation 1."""
-    for n in (30, 100, 300):
+    for n in (10, 30, 100, 300):
         for shape in SHAPES:
             yield score_row(shape, n, TRIALS, 2_000 if n < 300 else 600)
     for shape in ("normal", "exponential"):
@@ -118,43 +122,90 @@ def again() -> Iterator[dict[str, object]]:
 
 def score_row(shape: str, n: int, trials: int, resamples: int, *, seed: int = SEED) -> dict[str, object]:
     generator = np.random.default_rng([seed, n, list(SHAPES).index(shape)])
-    ends = np.empty((trials, 2))
+    found = []
     for trial in range(trials):
         drawn = SHAPES[shape](generator, n)
-        found = paired_difference(drawn, np.zeros(n), np.ones(n), seed=trial, resamples=resamples)
-        ends[trial] = found.ci_low, found.ci_high
-    return {"n": n, "shape": shape, **_summary(ends)}
+        found.append(paired_difference(drawn, np.zeros(n), np.ones(n), seed=trial, resamples=resamples))
+    return {"n": n, "shape": shape, **_summary(found)}
 
 
 def clusters() -> Iterator[dict[str, object]]:
     """Items that share something with the others of their cluster; clusters hold 1 to 15 items."""
-    for n in (30, 100, 300):
+    for n in (10, 30, 100, 300):
         for shape in ("normal", "exponential", "lognormal 1"):
             yield cluster_row(shape, n, TRIALS, 2_000 if n < 300 else 600)
 
 
 def cluster_row(shape: str, n: int, trials: int, resamples: int) -> dict[str, object]:
     generator = np.random.default_rng([SEED, n, 100 + list(SHAPES).index(shape)])
-    ends = np.empty((trials, 2))
+    found = []
     for trial in range(trials):
         sizes = generator.integers(1, 16, n)
         sums = sizes * SHAPES[shape](generator, n) + np.sqrt(sizes) * generator.normal(0, 1, n)
-        found = paired_difference(sums, np.zeros(n), sizes, seed=trial, resamples=resamples)
-        ends[trial] = found.ci_low, found.ci_high
-    return {"clusters": n, "shape": shape, **_summary(ends)}
+        found.append(paired_difference(sums, np.zeros(n), sizes, seed=trial, resamples=resamples))
+    return {"clusters": n, "shape": shape, **_summary(found)}
 
 
-def _summary(ends: np.ndarray) -> dict[str, float]:
-    """Coverage, and the share of intervals wholly below and wholly above the truth.
+def binary_clusters() -> Iterator[dict[str, object]]:
+    """Right-or-wrong items in clusters of 1 to 8; in `alike` of the clusters all items have one outcome."""
+    for n in (30, 100, 300):
+        for discordance, difference in ((0.02, -0.01), (0.06, -0.01), (0.15, -0.05)):
+            for alike in (0.0, 0.3):
+                yield binary_cluster_row(n, discordance, difference, alike, TRIALS)
 
-    Of a score that should be low, an interval wholly below calls kept what lost just the margin.
+
+def binary_cluster_row(
+    n: int, discordance: float, difference: float, alike: float, trials: int
+) -> dict[str, object]:
+    chances = [(discordance + difference) / 2, (discordance - difference) / 2, 1 - discordance]
+    state = [SEED, n, round(1000 * discordance), round(1000 + 1000 * difference), round(10 * alike)]
+    generator = np.random.default_rng(state)
+    held, kept = 0, 0
+    for _ in range(trials):
+        clusters = np.repeat(np.arange(n), generator.integers(1, 9, n))
+        outcomes = generator.choice([1, -1, 0], p=chances, size=len(clusters))
+        shared = generator.choice([1, -1, 0], p=chances, size=n)
+        outcomes = np.where((generator.random(n) < alike)[clusters], shared[clusters], outcomes)
+        columns = {"values": (outcomes > 0) * 1.0, "base": (outcomes < 0) * 1.0, "clusters": clusters}
+        items = PairedItems(task="t", metric="acc", **columns)
+        (found,) = compare_items([items], margin=-difference)
+        held += found.ci_low <= difference <= found.ci_high
+        kept += found.verdict == "kept"
+    row = {"clusters": n, "discordance": discordance, "difference": difference, "alike": alike}
+    return {**row, "coverage": held / trials, "called_kept_at_the_margin": kept / trials}
+
+
+def _summary(found: list[Interval]) -> dict[str, float]:
+    """Coverage, the share of intervals wholly below and wholly above the truth, and that called kept.
+
+    Kept is wrong: the true loss is just the margin. The long tail is one of losses, or one of gains.
     """
-    low, high = ends.T
+    low, high = np.array([(each.ci_low, each.ci_high) for each in found]).T
     return {
         "coverage": float(((low <= 0) & (high >= 0)).mean()),
         "wholly_below": float((high < 0).mean()),
         "wholly_above": float((low > 0).mean()),
+        "called_kept_long_tail_of_losses": float(np.mean([_is_kept(each, False) for each in found])),
+        "called_kept_long_tail_of_gains": float(np.mean([_is_kept(each, True) for each in found])),
     }
+
+
+def _is_kept(found: Interval, higher_is_better: bool) -> bool:
+    """Settle an interval of a true difference of 0, moved to a true loss of just the margin."""
+    margin, loss = 1.0, -1.0 if higher_is_better else 1.0
+    metric = Metric(
+        task="t",
+        metric="m",
+        value=0,
+        stderr=None,
+        n=found.n,
+        base_value=0,
+        delta=found.delta + loss,
+        ci_low=found.ci_low + loss,
+        ci_high=found.ci_high + loss,
+        higher_is_better=higher_is_better,
+    )
+    return settle(metric, margin=margin, error=found.error, units=found.n).verdict == "kept"
 
 
 def _called_kept(low: np.ndarray, difference: float) -> dict[str, float]:

@@ -6,56 +6,84 @@ import typer
 
 from deepen.cli.apps import new_app
 from deepen.cli.output import print_json
+from deepen.errors import EvaluationError
 
 if TYPE_CHECKING:
+    from deepen.evaluation.chat import Judge
     from deepen.pipeline.evaluate import Evaluation
     from deepen.records import Metric
 
 app = new_app()
 
+Model = Annotated[
+    str, typer.Argument(help="A run, a block pack, an adapter, or a checkpoint (directory or hub id).")
+]
+Base = Annotated[str | None, typer.Option(help="The base, where the model does not say it or it has moved.")]
+Suites = Annotated[list[str] | None, typer.Option(help="open-llm, code, math, law, safety, or a YAML file.")]
+TaskNames = Annotated[
+    list[str] | None, typer.Option(help="A task of the harness or a YAML file, with shots: arc_easy:5.")
+]
+Texts = Annotated[list[str] | None, typer.Option(help="Text whose loss must be kept (.txt, .jsonl …).")]
+DomainTexts = Annotated[list[str] | None, typer.Option(help="Text whose loss must fall.")]
+Questions = Annotated[Path | None, typer.Option(help="Questions of a conversation each, one JSON a line.")]
+JudgeUrl = Annotated[
+    str | None, typer.Option(help="Endpoint that judges the answers to --chat: https://host/v1.")
+]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's name there.")]
+ToolTasks = Annotated[
+    Path | None, typer.Option(help="Tasks to be solved in turns with Python, one JSON a line.")
+]
+Turns = Annotated[int, typer.Option(min=1, help="Largest budget of turns of --tools; each from 1 is played.")]
+Length = Annotated[int, typer.Option(min=1, help="Longest reply to --chat and --tools, in tokens.")]
+Local = Annotated[Path | None, typer.Option(help="Directory of local copies of datasets.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Sequences in a forward pass; default: as many as fit.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda …")]
+Unprotected = Annotated[
+    str, typer.Option(help="The sandbox's sentence, to run programs where nothing confines them.")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Keep records and items here; a run keeps them in evaluation/.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A run, a block pack, an adapter, or a checkpoint (directory or hub id).")
-    ],
-    base: Annotated[
-        str | None, typer.Option(help="The base, where the model does not say it or it has moved.")
-    ] = None,
-    suite: Annotated[
-        list[str] | None, typer.Option(help="open-llm, code, math, law, safety, or a YAML file.")
-    ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="A task of the harness or a YAML file, with shots: arc_easy:5.")
-    ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text whose loss must be kept (.txt, .jsonl …).")
-    ] = None,
-    domain_text: Annotated[list[str] | None, typer.Option(help="Text whose loss must fall.")] = None,
-    local: Annotated[Path | None, typer.Option(help="Directory of local copies of datasets.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences in a forward pass; default: as many as fit.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    allow_unprotected: Annotated[
-        str, typer.Option(help="The sandbox's sentence, to run programs where nothing confines them.")
-    ] = "",
-    out: Annotated[
-        Path | None, typer.Option(help="Keep records and items here; a run keeps them in evaluation/.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    model: Model,
+    base: Base = None,
+    suite: Suites = None,
+    task: TaskNames = None,
+    text: Texts = None,
+    domain_text: DomainTexts = None,
+    chat: Questions = None,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    tools: ToolTasks = None,
+    turns: Turns = 5,
+    max_new_tokens: Length = 1024,
+    local: Local = None,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    allow_unprotected: Unprotected = "",
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
-    """Score a model and its base on the same items: benchmarks, and held-out loss of texts."""
-    # Neither imports torch: a suite that does not exist is said at once.
+    """Score a model and its base on the same items: benchmarks, held-out loss of texts, conversations."""
+    # None imports torch: a suite that does not exist is said at once.
     from deepen.config import TextSet
     from deepen.evaluation.suites import task_specs
 
     specs = task_specs(suite or [], task or [])
+    judging = _judge(chat, judge, judge_model)
     from deepen.cli.display import display
 
     with display() as reporter:
         reporter.stage("starting")
+        from deepen.pipeline.chat import ChatSettings
         from deepen.pipeline.evaluate import Request, evaluate_model
 
         request = Request(
@@ -64,6 +92,9 @@ def evaluate(
             tasks=specs,
             texts=tuple(TextSet(path=path) for path in text or []),
             domain_texts=tuple(TextSet(path=path) for path in domain_text or []),
+            chat=ChatSettings(
+                questions=chat, judge=judging, tools=tools, turns=turns, max_new_tokens=max_new_tokens
+            ),
             local=local,
             limit=limit,
             batch_size=batch_size,
@@ -74,6 +105,17 @@ def evaluate(
         found = evaluate_model(request, reporter)
     _report(found, as_json)
     _fail(found.failures)
+
+
+def _judge(questions: Path | None, url: str | None, name: str | None) -> "Judge | None":
+    """Return who judges; the key is read from OPENAI_API_KEY when it is asked."""
+    if questions is None and url is None and name is None:
+        return None
+    if questions is None or url is None or name is None:
+        raise EvaluationError("--chat, --judge and --judge-model belong together; give all three")
+    from deepen.evaluation.chat import Endpoint, Judge
+
+    return Judge(endpoint=Endpoint(url=url, model=name))
 
 
 def _fail(failures: list[str]) -> None:

@@ -6,11 +6,18 @@ interval of Tango (Statistics in Medicine 17, 1998, 891–908): all differences 
 other parameter at its constrained maximum does not reject. It holds its level where Wald's does not, at few
 items and few discordant ones (the exact coverages are in docs/statistics.md), and has a width even where no
 item is discordant.
+
+Items that share clusters count as fewer: counts and items are divided by the design effect, as Rao and Scott
+do (Biometrics 48, 1992, 577–585), and the quantile is Student's t of the clusters.
 """
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, ndtri  # type: ignore[import-untyped]
+from scipy.special import bdtr, ndtri, stdtr, stdtrit  # type: ignore[import-untyped]
+
+from deepen.evaluation.statistics import standard_error
+
+_Floats = NDArray[np.float64]
 
 _Z_975 = float(ndtri(0.975))
 # Halvings of [-1, 1]: to the last bit that matters.
@@ -28,15 +35,16 @@ def mcnemar_p(gained: int, lost: int) -> float:
     return min(1.0, 2 * float(bdtr(min(gained, lost), discordant, 0.5))) if discordant else 1.0
 
 
-def score_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+def score_interval(gained: float, lost: float, n: float, quantile: float = _Z_975) -> tuple[float, float]:
     """Return Tango's 95% interval of the difference of two paired proportions, `(gained - lost) / n`.
 
     Args:
         gained: items right under the model and wrong under the base.
         lost: items wrong under the model and right under the base.
         n: all items.
+        quantile: of the score, at 97.5%.
     """
-    targets = np.array([_Z_975, -_Z_975])
+    targets = np.array([quantile, -quantile])
     low, high = np.full(2, -1.0), np.full(2, 1.0)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -47,11 +55,45 @@ def score_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
     return lower, upper
 
 
-def _score(difference: NDArray[np.float64], gained: int, lost: int, n: int) -> NDArray[np.float64]:
+def clustered_interval(gained: float, lost: float, n: float, units: int) -> tuple[float, float, float]:
+    """Return the 95% interval of the difference, and the p of the same score test of no difference.
+
+    Args:
+        gained: items gained, over the design effect.
+        lost: items lost, over the design effect.
+        n: all items, over the design effect.
+        units: clusters, 2 or more.
+    """
+    low, high = score_interval(gained, lost, n, float(stdtrit(units - 1, 0.975)))
+    discordant = gained + lost
+    p = 2 * float(stdtr(units - 1, -abs(gained - lost) / np.sqrt(discordant))) if discordant else 1.0
+    return low, high, p
+
+
+def design_effect(gained: _Floats, lost: _Floats, sizes: _Floats) -> float | None:
+    """Return how many items in clusters tell as much as one alone, at least 1; None with one cluster.
+
+    The variance of the difference between clusters, over what it would be were items independent. Without
+    discordant items nothing is known of it, and a cluster counts as one item (Kish, *Survey Sampling*, 1965).
+
+    Args:
+        gained: items gained of each cluster.
+        lost: items lost of each cluster.
+        sizes: items of each cluster.
+    """
+    difference, n = gained - lost, sizes.sum()
+    error = standard_error(difference, sizes)
+    if error is None:
+        return None
+    independent = (gained.sum() + lost.sum() - difference.sum() ** 2 / n) / n**2
+    return max(1.0, float(error**2 / independent if independent > 0 else (sizes**2).sum() / n))
+
+
+def _score(difference: _Floats, gained: float, lost: float, n: float) -> _Floats:
     """Return the score statistic of each difference; the loss rate stands at its constrained maximum."""
     linear = (2 * n - gained + lost) * difference - gained - lost
     constant = -lost * difference * (1 - difference)
     rate = (np.sqrt(np.maximum(linear**2 - 8 * n * constant, 0)) - linear) / (4 * n)
     variance = n * (2 * rate + difference * (1 - difference))
-    score: NDArray[np.float64] = (gained - lost - n * difference) / np.sqrt(np.maximum(variance, 1e-300))
+    score: _Floats = (gained - lost - n * difference) / np.sqrt(np.maximum(variance, 1e-300))
     return score

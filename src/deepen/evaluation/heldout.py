@@ -9,13 +9,11 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from deepen.data.evaluation_text import EvaluationText
-from deepen.errors import DataError, EvaluationError, TrainingError
-from deepen.evaluation.memory import collect_memory, lacks_memory
+from deepen.errors import DataError, TrainingError
 from deepen.evaluation.windows import (
-    batches,
     check_ids,
     evaluating,
-    halved,
+    fitting,
     padded,
     vocabulary,
 )
@@ -98,16 +96,14 @@ def score_windows(
     nll = np.zeros(len(windows))
     done, total = 0, sum(len(window) > 1 for window in windows)
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        pending = list(batches(windows, min(batch_tokens, _MOST_LOGITS // vocabulary(model))))
-        while pending:
-            batch = pending[0]
+        most = min(batch_tokens, _MOST_LOGITS // vocabulary(model))
+
+        def score(batch: list[int]) -> NDArray[np.float64]:
             chosen = [counted[index] if counted else None for index in batch]
-            scored = _score_if_it_fits(model, [windows[index] for index in batch], chosen, device)
-            if scored is None:
-                pending = halved(pending)
-                continue
+            return _score(model, [windows[index] for index in batch], chosen, device)
+
+        for batch, scored in fitting(windows, most, score, "held-out loss"):
             nll[batch] = scored
-            pending = pending[1:]
             done += len(batch)
             if progress:
                 progress(done, total)
@@ -117,24 +113,6 @@ def score_windows(
             "model's weights hold NaN or have diverged; try a lower learning rate"
         )
     return nll
-
-
-def _score_if_it_fits(
-    model: Any,
-    windows: Sequence[NDArray[np.int64]],
-    counted: Sequence[Flags | None],
-    device: torch.device,
-) -> NDArray[np.float64] | None:
-    """Score a batch; None where the memory runs out, and with the tensors that filled it let go."""
-    try:
-        return _score(model, windows, counted, device)
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-    if len(windows) == 1:
-        raise EvaluationError(f"held-out loss: {len(windows[0])} tokens alone do not fit the memory")
-    collect_memory()
-    return None
 
 
 def _score(

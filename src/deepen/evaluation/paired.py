@@ -1,8 +1,10 @@
 """Scores of two models on the same items, a metric a task: difference, interval, test and verdict.
 
-Right-or-wrong items get McNemar's exact test and Tango's score interval (`deepen.evaluation.binary`); all
-others, and items that share clusters, the studentised bootstrap of `deepen.evaluation.statistics`, which
-draws clusters as wholes.
+Right-or-wrong items get McNemar's exact test and Tango's score interval (`deepen.evaluation.binary`), and
+where they share clusters the score test, for as many items as they are worth. All others get the studentised
+bootstrap of `deepen.evaluation.statistics`, which draws clusters as wholes. It cannot know what it has not
+seen: where scores between 0 and 1 differ in next to no item, they are counted as right or wrong too, which of
+all such scores of one mean vary most.
 """
 
 from collections.abc import Sequence
@@ -12,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepen.errors import DataError
-from deepen.evaluation.binary import mcnemar_p, score_interval
+from deepen.evaluation.binary import clustered_interval, design_effect, mcnemar_p, score_interval
 from deepen.evaluation.statistics import Interval, paired_difference, standard_error
 from deepen.evaluation.verdict import adjust, settle
 from deepen.records import Metric
 
 _Floats = NDArray[np.float64]
+
+# Fewer items or clusters that differ are too few to draw from.
+_FEW_DIFFER = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +95,12 @@ def _compare(items: PairedItems, margin: float, seed: int) -> Metric:
         error = standard_error(values, sizes)
         return _metric(items, value=float(np.sum(values) / np.sum(sizes)), stderr=error)
     base, _ = _by_cluster(items, items.base)
-    alone = len(sizes) == len(items.values) and items.weights is None
-    compare = _binary if alone and _is_binary(items.values) and _is_binary(items.base) else _general
-    found = compare(values, base, sizes, seed)
+    right_or_wrong = items.weights is None and _is_binary(items.values) and _is_binary(items.base)
+    alone = right_or_wrong and len(sizes) == len(items.values)
+    if right_or_wrong or _hardly_differs(items, items.base):
+        found = _counted(items, items.base, alone)
+    else:
+        found = paired_difference(values, base, sizes, seed=seed)
     metric = _metric(
         items,
         value=found.value,
@@ -103,28 +111,46 @@ def _compare(items: PairedItems, margin: float, seed: int) -> Metric:
         ci_high=found.ci_high,
         p=found.p,
     )
-    return settle(metric, margin=margin, error=found.error, units=len(sizes))
+    return settle(metric, margin=margin, error=found.error, units=len(sizes), even=alone)
 
 
-def _general(values: _Floats, base: _Floats, sizes: _Floats, seed: int) -> Interval:
-    return paired_difference(values, base, sizes, seed=seed)
+def _hardly_differs(items: PairedItems, base: _Floats) -> bool:
+    """Whether scores between 0 and 1 differ in too few items or clusters to draw from."""
+    scores = np.append(items.values, base)
+    units = np.arange(len(base)) if items.clusters is None else items.clusters
+    bounded = items.weights is None and scores.min() >= 0 and scores.max() <= 1
+    return bool(bounded) and len(np.unique(units[items.values != base])) < _FEW_DIFFER
 
 
-def _binary(values: _Floats, base: _Floats, sizes: _Floats, _: int) -> Interval:
-    gained, lost, n = int(np.sum(values > base)), int(np.sum(values < base)), len(values)
-    low, high = score_interval(gained, lost, n)
-    # For planning, Agresti and Coull's two of each more than seen: none discordant is not none ever.
-    rate = (gained + lost + 2) / (n + 4)
+def _counted(items: PairedItems, base: _Floats, alone: bool) -> Interval:
+    """Infer from how much was gained and how much was lost; `alone`: by single items, right or wrong."""
+    change = items.values - base
+    parts = (items.values, base, np.maximum(change, 0), np.maximum(-change, 0), np.ones(len(base)))
+    columns = [_by_cluster(items, part)[0] for part in parts]
+    # The order of the items does not show in the last bit.
+    order = np.lexsort(columns)
+    values, others, gains, losses, sizes = (column[order] for column in columns)
+    effect = 1.0 if alone else design_effect(gains, losses, sizes)
+    low = high = p = error = None
+    if effect is not None:
+        gained, lost, n = (float(each.sum()) / effect for each in (gains, losses, sizes))
+        if alone:
+            (low, high), p = score_interval(gained, lost, n), mcnemar_p(int(gained), int(lost))
+        else:
+            low, high, p = clustered_interval(gained, lost, n, len(sizes))
+        # For planning, Agresti and Coull's two of each more than seen: none discordant is not none ever.
+        rate = (gained + lost + 2) / (n + 4)
+        error = float(np.sqrt((rate - ((gained - lost) / (n + 4)) ** 2) / n))
     return Interval(
-        value=float(values.mean()),
+        value=float(values.sum() / sizes.sum()),
         stderr=standard_error(values, sizes),
-        base_value=float(base.mean()),
-        delta=(gained - lost) / n,
+        base_value=float(others.sum() / sizes.sum()),
+        delta=float((gains - losses).sum() / sizes.sum()),
         ci_low=low,
         ci_high=high,
-        n=n,
-        error=float(np.sqrt((rate - ((gained - lost) / (n + 4)) ** 2) / n)),
-        p=mcnemar_p(gained, lost),
+        n=len(sizes),
+        error=error,
+        p=p,
     )
 
 

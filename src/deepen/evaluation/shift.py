@@ -18,7 +18,7 @@ from deepen.data.evaluation_text import EvaluationText
 from deepen.evaluation.heldout import Progress
 from deepen.evaluation.record import number_items
 from deepen.evaluation.statistics import paired_difference
-from deepen.evaluation.windows import batches, check_ids, evaluating, padded
+from deepen.evaluation.windows import check_ids, evaluating, fitting, padded
 from deepen.model.head import only_head
 from deepen.records import TokenShift
 
@@ -66,7 +66,8 @@ def measure_shift(
     """Compare a model with its base at every position that predicts a token of the windows.
 
     Both run on the same batch, the base first. Of each only the final states are kept; logits are made from
-    them for some positions at a time, so those of a whole batch never exist.
+    them for some positions at a time, so those of a whole batch never exist. A batch that does not fit the
+    memory is halved, and so are those after it.
 
     Args:
         model: a `PreTrainedModel` for causal language modelling.
@@ -79,6 +80,7 @@ def measure_shift(
 
     Raises:
         DataError: a token id the model has no embedding for.
+        EvaluationError: one window alone does not fit the memory.
     """
     check_ids(model, windows)
     device = next(model.parameters()).device
@@ -86,9 +88,12 @@ def measure_shift(
     counts, kl = np.zeros((len(windows), 3), dtype=np.int64), np.zeros(len(windows))
     done, total = 0, sum(len(window) > 1 for window in windows)
     with evaluating(model), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for batch in batches(windows, batch_tokens):
+
+        def compare(batch: list[int]) -> list[NDArray[Any]]:
             ids = padded([windows[index] for index in batch])[:, :-1].to(device)
-            rank, divergence = (each.cpu().numpy() for each in call(comparing(base, ids)))
+            return [each.cpu().numpy() for each in call(comparing(base, ids))]
+
+        for batch, (rank, divergence) in fitting(windows, batch_tokens, compare, "rank shift"):
             for row, index in enumerate(batch):
                 held = slice(len(windows[index]) - 1)
                 counts[index] = np.bincount(_kind(rank[row, held]), minlength=3)

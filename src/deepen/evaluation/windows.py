@@ -1,14 +1,17 @@
 """Windows of token ids as batches for a model, as held-out evaluation runs it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepen.errors import DataError
+from deepen.errors import DataError, EvaluationError
+from deepen.evaluation.memory import collect_memory, lacks_memory
+
+T = TypeVar("T")
 
 
 def check_ids(model: Any, windows: Sequence[NDArray[np.int64]]) -> None:
@@ -48,6 +51,45 @@ def batches(windows: Sequence[NDArray[np.int64]], batch_tokens: int) -> Iterator
         rows = max(batch_tokens // len(windows[order[start]]), 1)
         yield order[start : start + rows]
         start += rows
+
+
+def fitting(
+    windows: Sequence[NDArray[np.int64]], batch_tokens: int, work: Callable[[list[int]], T], what: str
+) -> Iterator[tuple[list[int], T]]:
+    """Yield each batch and what `work` makes of it.
+
+    A batch that does not fit the memory is halved, and so are those after it.
+
+    Args:
+        windows: token ids, each of shape (length,).
+        batch_tokens: tokens, padding included, in a batch.
+        work: given the indices of a batch's windows.
+        what: is measured, for the error.
+
+    Raises:
+        EvaluationError: one window alone does not fit the memory.
+    """
+    pending = list(batches(windows, batch_tokens))
+    while pending:
+        batch = pending[0]
+        if found := _try(work, batch):
+            yield batch, found[0]
+            pending = pending[1:]
+        elif len(batch) > 1:
+            collect_memory()
+            pending = halved(pending)
+        else:
+            raise EvaluationError(f"{what}: {len(windows[batch[0]])} tokens alone do not fit the memory")
+
+
+def _try(work: Callable[[list[int]], T], batch: list[int]) -> tuple[T] | None:
+    """Return what comes of a batch; None where the memory runs out, and what filled it is let go."""
+    try:
+        return (work(batch),)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+    return None
 
 
 def halved(batches: Sequence[list[int]]) -> list[list[int]]:

@@ -1,9 +1,9 @@
-"""`deepen evaluate`: benchmarks and held-out loss of a model beside its base."""
+"""`deepen evaluate`: benchmarks, held-out loss and conversations of a model beside its base."""
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from deepen.config import Recipe, TextSet
 from deepen.errors import EvaluationError, OutputError
 from deepen.evaluation.suites import TaskSpec, task_specs
 from deepen.evaluation.suites.programs import program_scorers
+from deepen.pipeline.chat import ChatJob, ChatSettings, chat_jobs, score_chat
 from deepen.pipeline.losses import score_subject
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.subject import Subject, find_subject, open_run_recipe
@@ -28,9 +29,10 @@ class Request:
         tasks: of the harness, or described by files.
         texts: whose held-out loss is measured, and must be kept.
         domain_texts: the same of texts whose loss must fall.
+        chat: questions and tasks asked in conversation.
         local: directory of local copies of datasets.
         limit: documents of each task; None: all.
-        batch_size: sequences in a forward pass; None: found.
+        batch_size: sequences in a forward pass; None: found, and 8 conversations.
         device: `auto`, `cpu`, `cuda` …
         allow_unprotected: the sandbox's sentence, to run model-written programs where nothing confines them.
         out: where results are kept; None: a run's own `evaluation/`, otherwise nowhere.
@@ -41,6 +43,7 @@ class Request:
     tasks: tuple[TaskSpec, ...] = ()
     texts: tuple[TextSet, ...] = ()
     domain_texts: tuple[TextSet, ...] = ()
+    chat: ChatSettings = field(default_factory=ChatSettings)
     local: Path | None = None
     limit: int | None = None
     batch_size: int | None = None
@@ -75,8 +78,10 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
     """
     reporter = reporter or Silent()
     request, held = _of_run(request)
-    if not (request.tasks or request.texts or request.domain_texts or held):
-        raise EvaluationError("nothing to evaluate: give --suite, --task or --text")
+    if not (_asks(request) or held):
+        raise EvaluationError("nothing to evaluate: give --suite, --task, --text, --chat or --tools")
+    jobs = chat_jobs(request.chat, request.allow_unprotected, reporter)
+    _refuse_same_names(request, jobs, held)
     subject = find_subject(request.target, request.base)
     device = choose_device(request.device)
     with _kept(request.out) as out:
@@ -85,7 +90,35 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
         if request.tasks:
             found, failures = _task_metrics(subject, request, device, out, reporter)
             metrics += found
+        if jobs:
+            records, failed = score_chat(
+                jobs,
+                subject,
+                out,
+                reporter,
+                device=device,
+                max_new_tokens=request.chat.max_new_tokens,
+                batch_size=request.batch_size,
+            )
+            metrics += [metric for record in records for metric in record.metrics]
+            failures += failed
     return Evaluation(subject=subject, metrics=metrics, failures=failures, out=request.out)
+
+
+def _refuse_same_names(request: Request, jobs: list[ChatJob], held: list[Metric]) -> None:
+    """Refuse what would hide, or be hidden by, another result of its name."""
+    if twice := {job.name for job in jobs} & {spec.label for spec in request.tasks}:
+        raise EvaluationError(f"{', '.join(sorted(twice))}: a task is called so too; rename the file")
+    texts = {text.label for _, text in _with_roles(request)}
+    if twice := texts & {metric.task for metric in held}:
+        raise EvaluationError(
+            f"{', '.join(sorted(twice))}: the run was evaluated on a text of this name already;\n"
+            "leave it out, or rename the file if it is another text"
+        )
+
+
+def _asks(request: Request) -> bool:
+    return bool(request.tasks or request.texts or request.domain_texts or request.chat)
 
 
 def _with_roles(request: Request) -> list[tuple[Role, TextSet]]:
@@ -117,7 +150,7 @@ def _of_run(request: Request) -> tuple[Request, list[Metric]]:
     if recipe is None:
         return request, []
     section, heldout = recipe.evaluate, directory / "evaluation" / "heldout.json"
-    given = request.tasks or request.texts or request.domain_texts
+    given = _asks(request)
     request = replace(
         request,
         tasks=request.tasks if given else task_specs(section.suites, section.tasks),

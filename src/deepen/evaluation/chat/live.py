@@ -1,6 +1,6 @@
-"""A loaded model, or its base bypassed, as one who answers conversations."""
+"""A live model, or its base bypassed, as one who answers conversations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, Final
@@ -26,7 +26,7 @@ class LiveChat:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Callable[[], PreTrainedModel],
         tokenizer: Any,
         identity: str,
         *,
@@ -34,12 +34,12 @@ class LiveChat:
         max_new_tokens: int = 1024,
         batch_size: int = 8,
     ) -> None:
-        """Wrap a loaded model.
+        """Wrap a model that may not be loaded yet.
 
         Args:
-            model: loaded, on its device.
+            model: gives the model on its device, always the same one; called when it has to reply.
             tokenizer: with a chat template.
-            identity: digest of the weights that answer.
+            identity: digest of the weights that answer and of what ends their replies.
             bypassed: answer with the model's new blocks switched off.
             max_new_tokens: of a reply; fewer where the context ends before.
             batch_size: conversations in a forward pass, halved where they do not fit the memory; sizes change
@@ -53,16 +53,18 @@ class LiveChat:
                 "the tokenizer has no chat template, so the model cannot be asked in conversations;\n"
                 "use a chat model, or put a chat_template into its tokenizer_config.json"
             )
-        self._model, self._tokenizer, self._bypassed = model, tokenizer, bypassed
+        self._load, self._tokenizer, self._bypassed = model, tokenizer, bypassed
         self._most, self._batch_size = max_new_tokens, batch_size
-        template = tokenizer.chat_template
-        settings = model.generation_config.to_json_string() if model.generation_config else ""
-        self._identity = digest_of(identity, bypassed, template, max_new_tokens, settings)
+        self._identity = digest_of(identity, bypassed, tokenizer.chat_template, max_new_tokens)
 
     @property
     def identity(self) -> str:
-        """Digest of weights, template, generation config and length of replies."""
+        """Digest of the identity given, the template and the length of replies."""
         return self._identity
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        return self._load()
 
     def reply(self, conversations: Sequence[Sequence[Message]], stop: Sequence[str] = ()) -> list[str | None]:
         """Answer each conversation; see `Responder`."""
