@@ -13,6 +13,7 @@
     ├── TrainingError           training that cannot start, resume or go on
     ├── SandboxError            a machine on which a model's code cannot be run safely
     ├── EvaluationError         a task that cannot be found, read or scored
+    ├── ChatError               a conversation that cannot be held as asked
     ├── Interrupted             work stopped on request, after saving (exit code 130)
     └── CheckFailed             a check that ran and said no (exit code 3)
 
@@ -65,6 +66,10 @@ class SandboxError(DeepenError):
 
 class EvaluationError(DeepenError):
     """An evaluation task that cannot be found, read or scored."""
+
+
+class ChatError(DeepenError):
+    """A conversation that cannot be held as asked: no room, no base, no such pack."""
 
 
 class Interrupted(DeepenError):

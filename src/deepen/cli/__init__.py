@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "run": "deepen.cli.run",
     "evaluate": "deepen.cli.evaluate",
     "compare": "deepen.cli.compare",
+    "chat": "deepen.cli.chat",
     "report": "deepen.cli.report",
     "demo": "deepen.cli.demo",
 }
