@@ -1,9 +1,11 @@
 import sys
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from deepen.cli.apps import new_app
+from deepen.errors import ChatError
 
 app = new_app()
 
@@ -19,7 +21,9 @@ def chat(
     pack: Annotated[
         list[str] | None, typer.Option(help="A block pack, or a run, to put on the model; may be repeated.")
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Let the base answer too, side by side.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Let the base answer too, side by side.")
+    ] = False,
     web: Annotated[bool, typer.Option("--web", help="Serve a page that compares them in a browser.")] = False,
     host: Annotated[str, typer.Option(help="Address the page is served at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any.")] = 7860,
@@ -34,19 +38,19 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each question.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line for each question.")
+    ] = False,
 ) -> None:
     """Talk with a model, alone or beside its base, in the terminal or in a browser."""
+    if web and find_spec("gradio") is None:
+        raise ChatError("the page needs gradio, which is not installed\npip install 'deepen[web]'")
     from deepen.cli.display import display
 
     with display() as reporter:
         reporter.stage(f"loading {model}")
         from deepen.dialogue.cast import load_cast
 
-        if web:
-            from deepen.dialogue.page import check_web
-
-            check_web()
         cast = load_cast(
             model, base=base, packs=pack or [], template=template, compare=compare or web, device=device
         )
@@ -56,14 +60,14 @@ def chat(
     from deepen.dialogue.writing import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    talk = Talk(cast, compare=compare or web, system=system, sampling=sampling)
     if web:
         from deepen.dialogue.page import serve
 
-        serve(cast, system=system, sampling=sampling, host=host, port=port)
+        serve(talk, host, port)
         return
     from deepen.dialogue.terminal import Terminal, describe_packs
 
-    talk = Talk(cast, compare=compare, system=system, sampling=sampling)
-    if sys.stdin.isatty() and cast.model.packs:
+    if sys.stdin.isatty():
         print(describe_packs(talk), "/help lists the commands", sep="\n", file=sys.stderr)
     Terminal(talk, as_json=as_json).run()

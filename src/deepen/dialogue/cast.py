@@ -25,7 +25,7 @@ class Cast:
         name: of the model, as it was given.
         base_name: of its base; None where none is known.
         model: the model.
-        base: its base: the same network, of which no pack is on, or one of its own.
+        base: its base: the same network, of which no pack is on, or one of its own; None: not asked for.
         packs: the model's packs that are on at first, from the bottom.
         notes: what to know before talking, a line each.
     """
@@ -54,38 +54,39 @@ def load_cast(
         base: its base, where it does not say it or it has moved.
         packs: block packs, or runs that made one, to put on it as well; all are on at first.
         template: name of a chat template, or a path that ends in .jinja; default: the tokenizer's own.
-        compare: load the base too, where it is a model of its own.
+        compare: with its base, which is loaded too where it is a model of its own.
         device: `auto`, `cpu`, `cuda` …
 
     Raises:
+        ChatError: there is no base to compare with.
         DeepenError: one of them cannot be found or read, or a pack belongs to another base.
     """
     subject, place = find_subject(target, base), choose_device(device)
+    if compare and not (subject.base or packs):
+        raise ChatError(f"{target}: has no base to compare with; give --base, or --pack and it is one itself")
     tokenizer = load_tokenizer(subject.model.tokenizer)
     chosen = find_template(tokenizer, template)  # what is wrong with it is said before the model loads
     model = subject.model.load(place)
     _attach_all(model, packs)
     network = Network(model, tokenizer, chosen)
-    apart = _load_apart(subject, network, template, place) if compare else None
-    base_name = subject.base or (target if network.packs else None)
+    beside = _base_network(subject, network, template, place) if compare else None
     return Cast(
         name=target,
-        base_name=base_name,
+        base_name=subject.base or (target if packs else None),
         model=network,
-        base=apart or (network if network.packs and subject.apart is None else None),
+        base=beside,
         packs=network.active,
         notes=_notes(network),
     )
 
 
-def _load_apart(subject: Subject, model: Network, template: str | None, place: torch.device) -> Network | None:
+def _base_network(subject: Subject, model: Network, template: str | None, place: torch.device) -> Network:
     side = subject.apart
     if side is None:
-        return None
+        return model
     tokenizer = load_tokenizer(side.tokenizer)
     # A base that was never tuned to talk is asked as the model is.
-    own = find_template(tokenizer, template) or model.template
-    return Network(side.load(place), tokenizer, own)
+    return Network(side.load(place), tokenizer, find_template(tokenizer, template) or model.template)
 
 
 def _attach_all(model: PreTrainedModel, packs: Sequence[str]) -> None:
@@ -124,6 +125,6 @@ def _notes(network: Network) -> tuple[str, ...]:
     if network.template is not None:
         return ()
     return (
-        "the tokenizer has no chat template: each text is continued on its own, without what was said before; "
+        "the tokenizer has no chat template: each text is continued on its own, without those before it; "
         "choose a template with --template",
     )

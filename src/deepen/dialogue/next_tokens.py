@@ -71,12 +71,14 @@ def compare_next_tokens(
     """
     if base.network is not model.network and _vocabulary(base) != _vocabulary(model):
         raise ChatError("base and model have different tokens, so their next tokens cannot be compared")
-    said = [_read(model, token) for token in answer] + [""]
+    said = [*(_read(model, token) for token in answer), ""]
     chunks = zip(_chunks(base, prompt, answer), _chunks(model, prompt, answer), strict=True)
     places: list[Place] = []
     for ours, theirs in ((m.double(), b.double()) for b, m in chunks):
         divergence = (ours.exp() * (ours - theirs)).sum(-1)
-        guesses = zip(_best(model, theirs, count), _best(model, ours, count), divergence.tolist(), strict=True)
+        guesses = zip(
+            _best(model, theirs, count), _best(model, ours, count), divergence.tolist(), strict=True
+        )
         for of_base, of_model, nats in guesses:
             text = said[len(places)]
             places.append(Place(text=text, divergence=max(nats, 0.0), base=of_base, model=of_model))

@@ -62,7 +62,9 @@ def build_prompt(
             break
     room = max_tokens if context is None else min(max_tokens, context - len(ids))
     if room < 1:
-        raise ChatError(f"the question takes {len(ids):,} tokens, the model sees {context:,}; ask a shorter one")
+        raise ChatError(
+            f"the question takes {len(ids):,} tokens, the model sees {context:,}; ask a shorter one"
+        )
     if not ids:
         raise ChatError("nothing is asked: the question has no token")
     return Prompt(tuple(ids), room, cut)

@@ -1,6 +1,6 @@
 """One conversation with a model and, beside it, its base."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from deepen.dialogue.cast import Cast
@@ -34,7 +34,7 @@ class Talk:
 
     Attributes:
         cast: who can answer.
-        compare: whether the base answers too.
+        compare: whether the base answers too, where there is one.
         system: the system message; empty: none.
         sampling: how answers are written; turn n, from 0, adds n to the seed.
         packs: those that are on, from the bottom.
@@ -43,20 +43,12 @@ class Talk:
     """
 
     def __init__(self, cast: Cast, *, compare: bool, system: str = "", sampling: Sampling) -> None:
-        """Begin with all packs on that the model came with.
-
-        Raises:
-            ChatError: there is no base to compare with.
-        """
-        if compare and cast.base is None:
-            raise ChatError(
-                f"{cast.name}: has no base to compare with; give --base, or --pack and it is the base itself"
-            )
+        """Begin with those packs on that the model came with."""
         self.cast, self.compare, self.system, self.sampling = cast, compare, system, sampling
         self.packs = cast.packs
         self.turns: list[Turn] = []
         self.answers: tuple[Answer, ...] = ()
-        self._stopped = False
+        self._writing: object | None = None
 
     @property
     def voices(self) -> tuple[Voice, ...]:
@@ -64,7 +56,7 @@ class Talk:
         model = Voice("model", self.cast.model, self.packs)
         return (Voice("base", self.cast.base, ()), model) if self.compare and self.cast.base else (model,)
 
-    def ask(self, question: str) -> Iterator[tuple[Answer, ...]]:
+    def ask(self, question: str) -> Generator[tuple[Answer, ...]]:
         """Yield the answers as they grow, token by token in turn; what was said is remembered.
 
         So is an answer that is stopped by `stop`, or by closing the iterator.
@@ -73,21 +65,24 @@ class Talk:
             ChatError: the question does not fit.
             DataError: the template refuses the conversation.
         """
-        self._stopped = False
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.turns))
-        self.answers = tuple(self._unwritten(voice, question) for voice in self.voices)
-        writers = [_grow(answer, sampling) for answer in self.answers]
+        answers = tuple(self._unwritten(voice, question) for voice in self.voices)
+        writers = [_grow(answer, sampling) for answer in answers]
+        self._writing = mine = object()
         try:
-            while not self._stopped and any(not answer.ended for answer in self.answers):
-                pairs = zip(self.answers, writers, strict=True)
-                self.answers = tuple(answer if answer.ended else next(writer) for answer, writer in pairs)
-                yield self.answers
+            while self._writing is mine and any(not answer.ended for answer in answers):
+                pairs = zip(answers, writers, strict=True)
+                answers = tuple(answer if answer.ended else next(writer) for answer, writer in pairs)
+                yield answers
         finally:
-            self.turns.append(Turn(question, {each.voice.name: each.text for each in self.answers}))
+            # Of what was asked anew meanwhile, another remembers the turn.
+            if self._writing in (mine, None):
+                self.answers = answers
+                self.turns.append(Turn(question, {each.voice.name: each.text for each in answers}))
 
     def stop(self) -> None:
         """End the answers that are being written, from another thread."""
-        self._stopped = True
+        self._writing = None
 
     def switch(self, packs: Sequence[str]) -> None:
         """Switch to these packs, in the order in which they are attached.
@@ -125,6 +120,6 @@ def _grow(answer: Answer, sampling: Sampling) -> Iterator[Answer]:
 
 
 def _text(answer: Answer, ids: Sequence[int]) -> str:
-    """Decode from the start: a token alone does not say whether a space or half a character goes before it."""
+    """Decode from the start: a token alone does not say whether a space goes before it."""
     decode = answer.voice.network.tokenizer.decode
     return str(decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

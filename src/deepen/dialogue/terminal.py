@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Final
 
 from rich.console import Console
@@ -95,11 +95,9 @@ class Terminal:
         self._talk.system = text
 
     def _answer(self, question: str) -> None:
-        answers: tuple[Answer, ...] = ()
-        with suppress(KeyboardInterrupt):
-            for answers in self._shown(self._talk.ask(question)):
-                pass
-        answers = self._talk.answers or answers
+        with suppress(KeyboardInterrupt), closing(self._talk.ask(question)) as growing:
+            self._show(growing)
+        answers = self._talk.answers
         if cut := max(answer.prompt.cut for answer in answers):
             self._say(f"({cut} of the oldest turns left out: the model sees {_context(answers)} tokens)")
         if self._as_json:
@@ -112,34 +110,34 @@ class Terminal:
                 room = answer.prompt.room
                 self._say(f"({answer.voice.name}: stopped after {room} tokens; --max-tokens allows more)")
 
-    def _shown(self, growing: Iterator[tuple[Answer, ...]]) -> Iterator[tuple[Answer, ...]]:
+    def _show(self, growing: Iterator[tuple[Answer, ...]]) -> None:
         """Show answers while they grow."""
         if not self._live:
-            yield from growing
+            for _ in growing:
+                pass
         elif self._talk.compare:
-            yield from self._in_columns(growing)
+            self._show_columns(growing)
         else:
-            yield from self._in_line(growing)
+            self._show_line(growing)
 
-    def _in_line(self, growing: Iterator[tuple[Answer, ...]]) -> Iterator[tuple[Answer, ...]]:
+    def _show_line(self, growing: Iterator[tuple[Answer, ...]]) -> None:
         shown = ""
         try:
-            for answers in growing:
-                text = printable(answers[0].text)
+            for (answer,) in growing:
+                text = printable(answer.text)
                 if text.startswith(shown):
                     self._out.print(text[len(shown) :], end="", soft_wrap=True)
                     shown = text
-                yield answers
         finally:
             self._out.print("\n")
 
-    def _in_columns(self, growing: Iterator[tuple[Answer, ...]]) -> Iterator[tuple[Answer, ...]]:
+    def _show_columns(self, growing: Iterator[tuple[Answer, ...]]) -> None:
+        # What is higher than the terminal is cut while it grows and printed whole at the end.
         answers: tuple[Answer, ...] = ()
         try:
             with Live(console=self._out, transient=True, refresh_per_second=12) as live:
                 for answers in growing:
                     live.update(_columns(answers))
-                    yield answers
         finally:
             if answers:
                 self._out.print(_columns(answers))
