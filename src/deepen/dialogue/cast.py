@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from deepen.blocks import BLOCKS_NAME
 from deepen.dialogue.network import Network, find_template
 from deepen.errors import ChatError
-from deepen.model import activate, attach, attached
+from deepen.model import activate, attach, attached, load
 from deepen.model.state import find_state
 from deepen.pipeline.evaluate import choose_device
 from deepen.pipeline.subject import Subject, find_subject, open_run_recipe
@@ -66,8 +68,8 @@ def load_cast(
         raise ChatError(f"{target}: has no base to compare with; give --base, or --pack and it is one itself")
     tokenizer = load_tokenizer(subject.model.tokenizer)
     chosen = find_template(tokenizer, template)  # what is wrong with it is said before the model loads
-    model = subject.model.load(place)
-    _attach_all(model, packs)
+    model = _load_model(target, subject, place)
+    _attach_all(model, (target, *packs) if _is_pack(target) else packs)
     network = Network(model, tokenizer, chosen)
     beside = _base_network(subject, network, template, place) if compare else None
     return Cast(
@@ -80,6 +82,15 @@ def load_cast(
     )
 
 
+def _load_model(target: str, subject: Subject, place: torch.device) -> Any:
+    """Load what packs are put on: of a pack its base, so that it is attached as the others are."""
+    return load(subject.model.tokenizer, device=place) if _is_pack(target) else subject.model.load(place)
+
+
+def _is_pack(target: str) -> bool:
+    return (Path(_pack_directory(target)) / BLOCKS_NAME).is_file()
+
+
 def _base_network(subject: Subject, model: Network, template: str | None, place: torch.device) -> Network:
     side = subject.apart
     if side is None:
@@ -89,7 +100,7 @@ def _base_network(subject: Subject, model: Network, template: str | None, place:
     return Network(side.load(place), tokenizer, find_template(tokenizer, template) or model.template)
 
 
-def _attach_all(model: PreTrainedModel, packs: Sequence[str]) -> None:
+def _attach_all(model: Any, packs: Sequence[str]) -> None:
     """Put packs on a model, all on at once, above those it came with."""
     if not packs:
         return

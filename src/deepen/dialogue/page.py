@@ -60,13 +60,19 @@ def launch(talk: Talk, host: str, port: int) -> Any:
             share=False,
             ssr_mode=False,
             footer_links=[],
-            theme=gr.themes.Base(primary_hue="teal", neutral_hue="slate"),
+            theme=_theme(),
             css=STYLE,
             app_kwargs={"middleware": [Middleware(ContentPolicy)]},
         )
     except OSError as error:
         raise ChatError(f"{host}:{port}: cannot be served at ({error}); give another --port") from None
     return page
+
+
+def _theme() -> Any:
+    # Of its font gradio brings weights 400 and 600.
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", spacing_size="sm")
+    return theme.set(button_large_text_weight="600", button_large_padding="8px 12px")
 
 
 class _Page:
@@ -112,10 +118,12 @@ class _Page:
         return self._cast.model.template is not None
 
     def _place_columns(self) -> None:
-        options = {"height": 340, "latex_delimiters": [], "buttons": ["copy"]}
+        options = {"height": 280, "latex_delimiters": [], "buttons": []}
         with gr.Row():
-            self.base = gr.Chatbot(label="base", elem_id="base", **options)
-            self.model = gr.Chatbot(label="model", elem_id="model", **options)
+            self.base, self.model = (
+                gr.Chatbot(label=describe_voice(voice), elem_id=voice.name, **options)
+                for voice in self._first.voices
+            )
         with gr.Row(equal_height=True):
             self.question = gr.Textbox(
                 placeholder="Ask both" if self._has_template else "A text for both to continue",
@@ -125,19 +133,20 @@ class _Page:
                 scale=8,
                 elem_id="question",
             )
-            self.stop = gr.Button("Stop", min_width=80, elem_id="stop")
-            self.anew = gr.Button("New conversation", min_width=160, elem_id="new")
+            self.stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
+            self.anew = gr.Button("New conversation", scale=0, min_width=170, elem_id="new")
 
     def _place_tokens(self) -> None:
-        gr.HTML("<b>Where the two disagree</b>")
+        with gr.Row():
+            gr.HTML('<h3 class="section">Where the two disagree</h3>')
+            self.whose = gr.Radio(
+                list(_WHOSE), value=next(iter(_WHOSE)), show_label=False, container=False, elem_id="whose"
+            )
         with gr.Row():
             with gr.Column(scale=3):
                 self.said = gr.HTML(summary([]), elem_id="summary")
                 self.tokens = gr.HighlightedText(
                     show_label=False, show_whitespaces=True, combine_adjacent=False, elem_id="tokens"
-                )
-                self.whose = gr.Radio(
-                    list(_WHOSE), value=next(iter(_WHOSE)), show_label=False, elem_id="whose"
                 )
             with gr.Column(scale=2):
                 self.guesses = gr.HTML(elem_id="guesses")

@@ -19,12 +19,16 @@ POLICY: Final = (
 
 STYLE: Final = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto; }
-.title b { font-size: 1.25rem; }
+.gradio-container .prose { padding: 0; }
+.title b, h3.section { font-weight: 600; font-size: 1.15rem; }
 .title span { color: var(--body-text-color-subdued); margin-left: .75rem; }
 .title p { color: var(--body-text-color-subdued); margin: .25rem 0 0; }
-.guesses { display: grid; grid-template-columns: 1fr 1fr; gap: 1.25rem; }
-.guesses p { margin: 0 0 .4rem; color: var(--body-text-color-subdued); }
-.guesses .after { grid-column: 1 / -1; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+h3.section { margin: .25rem 0 0; }
+.message-buttons-bot, .message-buttons-user, button[aria-label="Clear"] { display: none !important; }
+#tokens .textfield { padding: 10px; line-height: 1.7; }
+.guesses { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem 1.25rem; }
+.guesses p { margin: 0 0 .25rem; color: var(--body-text-color-subdued); }
+.guesses .after { grid-column: 1 / -1; }
 .guess { display: grid; grid-template-columns: 1fr 3.6rem; margin: 2px 0; font-family: var(--font-mono); }
 .guess code { background: none; padding: 1px 6px; white-space: pre; border-radius: 3px; overflow: hidden; }
 .guess span { text-align: right; font-variant-numeric: tabular-nums; }
@@ -57,8 +61,10 @@ class ContentPolicy:
 def heading(cast: Cast) -> str:
     """Say who is here, and what to know of them."""
     notes = "".join(f"<p>{escape(note)}</p>" for note in cast.notes)
-    names = f"{escape(cast.name)} beside its base {escape(cast.base_name or '')}"
-    return f'<div class="title"><b>deepen chat</b><span>{names}</span>{notes}</div>'
+    beside = f"beside its base {cast.base_name}" if cast.base_name != cast.name else "with packs and without"
+    return (
+        f'<div class="title"><b>deepen chat</b><span>{escape(cast.name)} {escape(beside)}</span>{notes}</div>'
+    )
 
 
 def marked_tokens(places: Sequence[Place]) -> list[tuple[str, float | None]]:
@@ -82,8 +88,8 @@ def summary(places: Sequence[Place]) -> str:
     if not differing and mean < 1e-9:
         return f"The two are one model here: {len(tokens)} tokens, no difference."
     return (
-        f"At {differing} of {len(tokens)} tokens the two would go on differently: these are marked, the darker the "
-        f"further apart. KL(model ‖ base) is {mean:.3f} nats a token. "
+        f"At {differing} of {len(tokens)} tokens the two would go on differently; these are marked, "
+        f"the darker the further apart. KL(model ‖ base) is {mean:.3f} nats a token. "
         "Choose a token to see what each expected."
     )
 
@@ -98,11 +104,10 @@ def guess_tables(places: Sequence[Place], at: int) -> str:
     if not places:
         return ""
     place = places[at]
-    before = "".join(each.text for each in places[:at])[-60:]
+    before = "".join(each.text for each in places[:at])[-30:]
     after = f"after “…{escape(before)}”" if before else "at the beginning"
-    nats = f"KL {place.divergence:.3f} nats"
     return (
-        f'<div class="guesses"><p class="after">{after}: {nats}</p>'
+        f'<div class="guesses"><p class="after">KL {place.divergence:.3f} nats {after}</p>'
         f"<div><p>the base expects</p>{_guesses(place.base)}</div>"
         f"<div><p>the model expects</p>{_guesses(place.model)}</div></div>"
     )
@@ -114,11 +119,11 @@ def _guesses(guesses: Sequence[Guess]) -> str:
 
 def _guess(guess: Guess) -> str:
     share = f"{guess.probability:.1%}"
-    bar = f"linear-gradient(90deg, var(--color-accent-soft) {share}, transparent {share})"
+    bar = f"linear-gradient(90deg, var(--primary-200) {share}, transparent {share})"
     text = escape(visible(guess.text))
     return f'<div class="guess"><code style="background: {bar}">{text}</code><span>{share}</span></div>'
 
 
 def visible(text: str) -> str:
     """Write a token so that white space shows."""
-    return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "∅"
+    return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·") or "∅"

@@ -100,8 +100,8 @@ class Talk:
             self.packs = chosen
 
     def reset(self) -> None:
-        """Forget what was said."""
-        self.turns, self.answers = [], ()
+        """Forget what was said, and what is being written."""
+        self.turns, self.answers, self._writing = [], (), object()
 
     def _unwritten(self, voice: Voice, question: str) -> Answer:
         most = self.sampling.max_tokens

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from typing import Final
 
 from rich.console import Console
@@ -39,8 +39,9 @@ class Terminal:
             as_json: write one JSON object a line for each question, and nothing else on stdout.
         """
         self._talk, self._as_json = talk, as_json
-        self._out = Console(highlight=False, markup=False)
-        self._said = Console(stderr=True, highlight=False, markup=False, style="dim")
+        self._out = Console(highlight=False, markup=False, emoji=False)
+        self._said = Console(stderr=True, highlight=False, markup=False, emoji=False, style="dim")
+        self._typed = sys.stdin.isatty()
         self._live = self._out.is_terminal and not as_json
 
     def run(self) -> None:
@@ -49,13 +50,12 @@ class Terminal:
         Raises:
             DeepenError: a question or command cannot be served and nobody is there to try another.
         """
-        typed = sys.stdin.isatty()
-        for line in _typed() if typed else _piped():
+        for line in _typed_lines() if self._typed else _piped_lines():
             try:
                 if not self._serve(line):
                     return
             except DeepenError as error:
-                if not typed:
+                if not self._typed:
                     raise
                 self._said.print(f"error: {error}", soft_wrap=True)
 
@@ -95,7 +95,9 @@ class Terminal:
         self._talk.system = text
 
     def _answer(self, question: str) -> None:
-        with suppress(KeyboardInterrupt), closing(self._talk.ask(question)) as growing:
+        # Ctrl-C stops an answer where someone may go on, and the program where nobody is there.
+        stopping = suppress(KeyboardInterrupt) if self._typed else nullcontext()
+        with stopping, closing(self._talk.ask(question)) as growing:
             self._show(growing)
         answers = self._talk.answers
         if cut := max(answer.prompt.cut for answer in answers):
@@ -162,7 +164,7 @@ def describe_packs(talk: Talk) -> str:
     """Say what is attached and what is on."""
     held = talk.cast.model.packs
     if not held:
-        return "no packs: the model is a checkpoint without a record of new blocks"
+        return "no packs to switch"
     return "\n".join(f"{'on ' if name in talk.packs else 'off'}  {name}" for name in held)
 
 
@@ -199,7 +201,7 @@ def _context(answers: Sequence[Answer]) -> str:
     return f"{max(answers, key=lambda each: each.prompt.cut).voice.network.context:,}"
 
 
-def _typed() -> Iterator[str]:
+def _typed_lines() -> Iterator[str]:
     """Yield the lines of whoever sits there, until Ctrl-D."""
     with suppress(ImportError):  # arrow keys and earlier lines, where Python has them
         import readline  # noqa: F401
@@ -216,5 +218,5 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def _piped() -> Iterator[str]:
+def _piped_lines() -> Iterator[str]:
     yield from filter(None, map(str.strip, sys.stdin))
