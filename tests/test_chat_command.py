@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import pty
 import sys
 
 import pytest
@@ -87,7 +85,7 @@ def test_a_system_message_and_turns_reach_the_model(chat, monkeypatch):
 
 
 def test_turns_that_no_longer_fit_are_said(chat):
-    code, out, err = chat(["layer write stream " * 5] * 3, "--json")
+    code, out, err = chat(["layer write stream " * 5] * 5, "--json")
     assert code == 0
     assert answers(out)[-1]["turns_left_out"] > 0
     assert "of the oldest turns left out: the model sees 128 tokens" in err
@@ -134,11 +132,13 @@ def test_a_model_does_not_command_the_terminal():
     assert printable("a\x1b[2Jb\x07\tc\nd\x9b5m é 中") == "a[2Jb\tc\nd5m é 中"
 
 
-def test_on_a_terminal_answers_stream_and_ctrl_c_stops_the_answer_only(chat, places, monkeypatch, capsys):
-    """Both ends are a terminal; the answer is interrupted at its third token."""
-    ours, theirs = pty.openpty()
-    lines = iter(["block", "norm", "/off nothing", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_ctrl_c_stops_the_answer_only_and_errors_are_said(places, monkeypatch, capsys):
+    lines = iter(["block", "norm", "/off nothing", "/quit", "never"])
     ask, asked = Talk.ask, []
 
     def interrupted(self, question):
@@ -149,16 +149,21 @@ def test_on_a_terminal_answers_stream_and_ctrl_c_stops_the_answer_only(chat, pla
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(Talk, "ask", interrupted)
-    with open(theirs, "w") as screen, open(ours, closefd=False):
-        monkeypatch.setattr(sys, "stdin", os.fdopen(os.dup(theirs)))
-        monkeypatch.setattr(sys, "stdout", screen)
-        code = main(["chat", str(places / "law"), "--compare", *SHORT])
-        screen.flush()
-        os.set_blocking(ours, False)
-        shown = os.read(ours, 1 << 16).decode()
-        sys.stdin.close()
-    os.close(ours)
-    assert code == 0
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sys, "stdin", Screen())
+    monkeypatch.setattr(sys, "stdout", Screen())
+    assert main(["chat", str(places / "law"), "--compare", *SHORT]) == 0
     assert asked == ["block", "norm"]
-    assert shown.count("model (law)") >= 2
+    assert sys.stdout.getvalue().count("model (law)") >= 2
     assert "error: no pack 'nothing' is on" in capsys.readouterr().err
+    assert next(lines) == "never"
+
+
+def test_on_a_terminal_one_answer_streams(places, monkeypatch, chat):
+    _, whole, _ = chat(["block gate"])
+    lines = iter(["block gate", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sys, "stdin", Screen())
+    monkeypatch.setattr(sys, "stdout", Screen())
+    main(["chat", str(places / "law"), "--template", str(places / "talk.jinja"), *SHORT])
+    assert sys.stdout.getvalue().strip() == whole.strip()

@@ -56,7 +56,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, browser):
-    pack = write_pack(BASE, tmp_path_factory.mktemp("page") / "poem", seed=0, size=0.02)
+    pack = write_pack(BASE, tmp_path_factory.mktemp("page") / "poem", seed=0, size=0.05)
     command = [sys.executable, "-m", "deepen", "chat", str(BASE), "--pack", str(pack)]
     options = ["--web", "--port", "0", "--max-tokens", "24"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:

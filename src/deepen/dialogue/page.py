@@ -154,48 +154,52 @@ class _Page:
     def _connect(self, page: Any) -> None:
         settings = [self.packs, self.temperature, self.top_p, self.most, self.seed, self.system]
         columns, looked = [self.base, self.model], [self.places, self.said, self.tokens, self.guesses]
-        page.load(self._begin, None, self.talk)
         asked = self.question.submit(
-            self._ask, [self.talk, self.question, *settings], [self.question, *columns]
+            self._ask, [self.talk, self.question, *settings], [self.talk, self.question, *columns]
         )
         asked.then(self._look, [self.talk, self.whose], looked)
-        again = self.packs.input(self._ask_again, [self.talk, *settings], columns)
+        again = self.packs.input(self._ask_again, [self.talk, *settings], [self.talk, *columns])
         again.then(self._look, [self.talk, self.whose], looked)
         self.whose.input(self._look, [self.talk, self.whose], looked)
         self.tokens.select(_choose, self.places, self.guesses)
-        self.stop.click(lambda talk: talk.stop(), self.talk, None, queue=False)
+        self.stop.click(lambda talk: talk and talk.stop(), self.talk, None, queue=False)
         self.anew.click(self._forget, [self.talk, self.whose], [*columns, *looked])
 
     def _begin(self) -> Talk:
-        return Talk(self._cast, compare=True, system=self._first.system, sampling=self._first.sampling)
+        return Talk(self._cast, compare=True, sampling=self._first.sampling)
 
-    def _ask(self, talk: Talk, question: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+    def _ask(self, talk: Talk | None, question: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
         with _said():
+            talk = talk or self._begin()
+            _set(talk, *settings)
             if question.strip():
-                _set(talk, *settings)
                 for columns in _growing(talk, question.strip()):
-                    yield ("", *columns)
+                    yield (talk, "", *columns)
+            else:
+                yield (talk, "", *_columns(talk))
 
-    def _ask_again(self, talk: Talk, *settings: Any) -> Iterator[tuple[Any, ...]]:
+    def _ask_again(self, talk: Talk | None, *settings: Any) -> Iterator[tuple[Any, ...]]:
         """Ask all questions anew: what would have been said with other packs on, from the beginning."""
         with _said():
+            talk = talk or self._begin()
             questions = [turn.question for turn in talk.turns]
             _set(talk, *settings)
             talk.reset()
-            yield _columns(talk)
+            yield (talk, *_columns(talk))
             for question in questions:
-                yield from _growing(talk, question)
+                for columns in _growing(talk, question):
+                    yield (talk, *columns)
 
-    def _look(self, talk: Talk, whose: str) -> tuple[Any, ...]:
+    def _look(self, talk: Talk | None, whose: str) -> tuple[Any, ...]:
         try:
-            places = _places(talk, _WHOSE[whose])
+            places = _places(talk, _WHOSE[whose]) if talk else []
         except DeepenError as error:
             return [], str(error), [], ""
         shown = guess_tables(places, first_difference(places))
         return places, summary(places), marked_tokens(places), shown
 
-    def _forget(self, talk: Talk, whose: str) -> tuple[Any, ...]:
-        talk.stop()
+    def _forget(self, talk: Talk | None, whose: str) -> tuple[Any, ...]:
+        talk = talk or self._begin()
         talk.reset()
         return (*_columns(talk), *self._look(talk, whose))
 
