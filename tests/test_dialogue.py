@@ -227,6 +227,5 @@ def test_an_answer_ends_where_the_template_ends_turns(places):
     tokenizer = AutoTokenizer.from_pretrained(places / "base")
     assert turn_end(ChatTemplate("plain", TEMPLATE), tokenizer) is None
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
-    assert turn_end(choose_template(tokenizer, "chatml"), tokenizer) == tokenizer.convert_tokens_to_ids(
-        "<|im_end|>"
-    )
+    found = turn_end(choose_template(tokenizer, "chatml"), tokenizer)
+    assert found == tokenizer.convert_tokens_to_ids("<|im_end|>")

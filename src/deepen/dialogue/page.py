@@ -91,7 +91,7 @@ class _Page:
             self._place_settings()
             self._place_columns()
             self._place_tokens()
-            self._connect(page)
+            self._connect()
         return page
 
     def _place_settings(self) -> None:
@@ -151,7 +151,7 @@ class _Page:
             with gr.Column(scale=2):
                 self.guesses = gr.HTML(elem_id="guesses")
 
-    def _connect(self, page: Any) -> None:
+    def _connect(self) -> None:
         settings = [self.packs, self.temperature, self.top_p, self.most, self.seed, self.system]
         columns, looked = [self.base, self.model], [self.places, self.said, self.tokens, self.guesses]
         asked = self.question.submit(
