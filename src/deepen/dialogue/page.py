@@ -70,9 +70,9 @@ def launch(talk: Talk, host: str, port: int) -> Any:
 
 
 def _theme() -> Any:
-    # Of its font gradio brings weights 400 and 600.
-    theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", spacing_size="sm")
-    return theme.set(button_large_text_weight="600", button_large_padding="8px 12px")
+    # Of its own copy of the font gradio brings these two weights whole, of others a few letters.
+    font = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
+    return gr.themes.Base(primary_hue="teal", neutral_hue="slate", spacing_size="sm", font=font)
 
 
 class _Page:
@@ -133,8 +133,8 @@ class _Page:
                 scale=8,
                 elem_id="question",
             )
-            self.stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
-            self.anew = gr.Button("New conversation", scale=0, min_width=170, elem_id="new")
+            self.stop = gr.Button("Stop", size="md", scale=0, min_width=90, elem_id="stop")
+            self.anew = gr.Button("New conversation", size="md", scale=0, min_width=190, elem_id="new")
 
     def _place_tokens(self) -> None:
         with gr.Row():
