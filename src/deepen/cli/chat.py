@@ -21,9 +21,7 @@ def chat(
     pack: Annotated[
         list[str] | None, typer.Option(help="A block pack, or a run, to put on the model; may be repeated.")
     ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Let the base answer too, side by side.")
-    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base answer beside it.")] = False,
     web: Annotated[bool, typer.Option("--web", help="Serve a page that compares them in a browser.")] = False,
     host: Annotated[str, typer.Option(help="Address the page is served at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any.")] = 7860,
@@ -38,9 +36,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line for each question.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a question.")] = False,
 ) -> None:
     """Talk with a model, alone or beside its base, in the terminal or in a browser."""
     if web and find_spec("gradio") is None:

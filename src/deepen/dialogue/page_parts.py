@@ -70,8 +70,8 @@ def heading(cast: Cast) -> str:
 def marked_tokens(places: Sequence[Place]) -> list[tuple[str, float | None]]:
     """Return the tokens of a text, those marked where base and model would choose differently.
 
-    The mark is from 0 to 1 and grows with the divergence. A line break is written as a sign: the page would make
-    several entries of one that has it.
+    The mark is from 0 to 1 and grows with the divergence. A line break is written as a sign: the page would
+    make several entries of one that has it.
     """
     return [
         (each.text.replace("\n", "↵"), max(0.1, min(each.divergence / _FULL, 1.0)) if each.differs else None)
