@@ -2,12 +2,17 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Final
 
 from deepen.dialogue.cast import Cast
 from deepen.dialogue.network import Voice
 from deepen.dialogue.prompt import Prompt, Turn, build_prompt
 from deepen.dialogue.writing import Sampling, write
 from deepen.errors import ChatError
+
+# Tokens that a voice writes before the next one's turn: to switch 40 blocks takes about 10 ms.
+_BURST: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class Talk:
         return (Voice("base", self.cast.base, ()), model) if self.compare and self.cast.base else (model,)
 
     def ask(self, question: str) -> Generator[tuple[Answer, ...]]:
-        """Yield the answers as they grow, token by token in turn; what was said is remembered.
+        """Yield the answers as they grow, a few tokens in turn; what was said is remembered.
 
         So is an answer that is stopped by `stop`, or by closing the iterator.
 
@@ -70,10 +75,13 @@ class Talk:
         writers = [_grow(answer, sampling) for answer in answers]
         self._writing = mine = object()
         try:
-            while self._writing is mine and any(not answer.ended for answer in answers):
-                pairs = zip(answers, writers, strict=True)
-                answers = tuple(answer if answer.ended else next(writer) for answer, writer in pairs)
-                yield answers
+            while any(not answer.ended for answer in answers):
+                for at, writer in enumerate(writers):
+                    for grown in islice(writer, _BURST):
+                        answers = (*answers[:at], grown, *answers[at + 1 :])
+                        yield answers
+                        if self._writing is not mine:
+                            return
         finally:
             # Of what was asked anew meanwhile, another remembers the turn.
             if self._writing in (mine, None):
