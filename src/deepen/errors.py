@@ -15,6 +15,7 @@
     ├── SandboxError            a machine on which a model's code cannot be run safely
     ├── EvaluationError         a task that cannot be found, read or scored
     ├── StudyError              a study that cannot go on, or whose results cannot be traced
+    ├── ChatError               a conversation that cannot be held as asked
     ├── Interrupted             work stopped on request, after saving (exit code 130)
     └── CheckFailed             a check that ran and said no (exit code 3)
 
@@ -75,6 +76,10 @@ class EvaluationError(DeepenError):
 
 class StudyError(DeepenError):
     """A study that cannot go on, or whose results could not be traced to their code."""
+
+
+class ChatError(DeepenError):
+    """A conversation that cannot be held as asked: no room, no base, no such pack."""
 
 
 class Interrupted(DeepenError):

@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "evaluate": "deepen.cli.evaluate",
     "compare": "deepen.cli.compare",
     "study": "deepen.cli.study",
+    "chat": "deepen.cli.chat",
     "report": "deepen.cli.report",
     "export": "deepen.cli.export",
     "demo": "deepen.cli.demo",

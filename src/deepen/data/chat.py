@@ -136,6 +136,26 @@ def lay_out(conversation: Conversation, template: ChatTemplate, tokenizer: Any) 
     return Laid(conversation.where, whole, spans)
 
 
+def prompt_text(messages: Sequence[Message], template: ChatTemplate, tokenizer: Any) -> str:
+    """Write messages as text up to where the assistant's next words stand.
+
+    Raises:
+        DataError: the template refuses them.
+    """
+    return _Writer(tokenizer, template, (), "the conversation").render(messages, prompt=True)
+
+
+def turn_end(template: ChatTemplate, tokenizer: Any) -> int | None:
+    """Return the token that a template ends the assistant's turn with; None where it is an ordinary one."""
+    said = "deepen"
+    writer = _Writer(tokenizer, template, (), "a conversation")
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    rest = writer.render(talk).rpartition(said)[2]
+    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    ids: list[int] = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in special), None)
+
+
 def encode_conversations(laid: Sequence[Laid], template: ChatTemplate, tokenizer: Any) -> list[Encoded]:
     """Tokenise conversations; BOS is where the template puts it, and nowhere else.
 

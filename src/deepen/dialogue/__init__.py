@@ -1,0 +1,1 @@
+"""Talking with a model and its base: in the terminal, and on a page."""
