@@ -6,6 +6,7 @@ import typer
 
 from deepen.cli.apps import new_app
 from deepen.cli.output import human_count, print_json
+from deepen.cli.study_continual import continual
 
 if TYPE_CHECKING:
     from deepen.studies.cost import Cost
@@ -53,6 +54,9 @@ def ablation(
     Finished cells are never computed again: call it again to go on.
     """
     _study("ablation", recipe, out, settings, cell, dry_run, as_json)
+
+
+app.command()(continual)
 
 
 def _study(

@@ -1,5 +1,6 @@
 """The recipe: strict, frozen models read from YAML with `--set` on top."""
 
+from deepen.config.continual import AnswerMetric, ContinualRecipe, Scoring, SequenceMethod, SequenceTask
 from deepen.config.load import build_recipe, dump_recipe, load_document, load_recipe, parse_recipe
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
 from deepen.config.sft import ConversationSet, Format, SftSection
@@ -9,7 +10,9 @@ from deepen.config.training import FreezeSection, LoraSection, PromptSection, Tr
 
 __all__ = [
     "AblationRecipe",
+    "AnswerMetric",
     "BaselinesRecipe",
+    "ContinualRecipe",
     "ConversationSet",
     "DataSection",
     "DomainSection",
@@ -22,6 +25,9 @@ __all__ = [
     "Place",
     "PromptSection",
     "Recipe",
+    "Scoring",
+    "SequenceMethod",
+    "SequenceTask",
     "SftSection",
     "Source",
     "StudyRecipe",

@@ -21,6 +21,7 @@ from deepen.pipeline.texts import default_cache, load_tokenizer
 from deepen.records import EvaluationRecord, Metric, Role, TextResult, capture_provenance, read_record
 
 _LONGEST_WINDOW = 2048
+_MOST_TOKENS = EvaluateSection().max_tokens
 
 
 def score_subject(
@@ -29,17 +30,18 @@ def score_subject(
     record: Path,
     device: torch.device,
     reporter: Reporter,
+    max_tokens: int = _MOST_TOKENS,
 ) -> list[Metric]:
     """Return the metrics of the texts, scoring those that the record does not hold of this model and base.
 
-    The record then holds them beside the others it held.
+    The record then holds them beside the others it held. At most `max_tokens` of each text are read.
 
     Raises:
         DeepenError: a text cannot be read, two have one name, or the model cannot be loaded.
     """
     if not texts:
         return []
-    wanted = _load_texts(subject.model, texts)
+    wanted = _load_texts(subject.model, texts, max_tokens)
     identity = subject_digest(subject)
     held = _held(record, identity)
     missing = [text for text in wanted if not _is_held(text, held)]
@@ -95,7 +97,7 @@ def _score(
         return text_results(texts, nll, evaluate_texts(model, texts, progress=reporter.progress))
 
 
-def _load_texts(side: Side, texts: Sequence[tuple[Role, TextSet]]) -> list[EvaluationText]:
+def _load_texts(side: Side, texts: Sequence[tuple[Role, TextSet]], max_tokens: int) -> list[EvaluationText]:
     names = [text.label for _, text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"evaluate: more than one text is called {', '.join(twice)}; rename a file")
@@ -109,7 +111,7 @@ def _load_texts(side: Side, texts: Sequence[tuple[Role, TextSet]]) -> list[Evalu
             task=text.label,
             role=role,
             sequence_length=min(longest, _LONGEST_WINDOW),
-            max_tokens=EvaluateSection().max_tokens,
+            max_tokens=max_tokens,
         )
         for role, text in texts
     ]

@@ -1,6 +1,13 @@
 """Typed results with provenance, as JSON on disk."""
 
 from deepen.records.comparison import Cell, Column, Comparison, Difference, Row
+from deepen.records.continual import (
+    ContinualRecord,
+    LearnedTask,
+    SequenceCell,
+    SequenceTaskRecord,
+    TaskAnswers,
+)
 from deepen.records.findings import FindingsRecord
 from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, read_metrics
 from deepen.records.provenance import Provenance, capture_provenance
@@ -30,12 +37,14 @@ __all__ = [
     "CellRecord",
     "Column",
     "Comparison",
+    "ContinualRecord",
     "Difference",
     "EvaluationPoint",
     "EvaluationRecord",
     "FindingsRecord",
     "IdentityResult",
     "Items",
+    "LearnedTask",
     "Metric",
     "Parameters",
     "Provenance",
@@ -48,9 +57,12 @@ __all__ = [
     "RunResult",
     "ScoredItem",
     "ScoredTask",
+    "SequenceCell",
+    "SequenceTaskRecord",
     "StudyRecord",
     "StudyRow",
     "StudyScore",
+    "TaskAnswers",
     "TaskRecord",
     "TaskScores",
     "TextResult",
