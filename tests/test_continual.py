@@ -1,10 +1,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from scipy.stats import sem
 from tiny_run import WORDS, write_base
 from transformers import AutoModelForCausalLM
 
@@ -13,9 +15,16 @@ from deepen.config import ContinualRecipe, load_document
 from deepen.errors import DataError, RecipeError, TrainingError
 from deepen.pipeline.reporter import Silent
 from deepen.pipeline.texts import load_tokenizer
+from deepen.records import TaskAnswers
 from deepen.studies import engine
 from deepen.studies.continual import sequence
-from deepen.studies.continual.study import collect_continual, compute_continual, open_continual
+from deepen.studies.continual.study import (
+    collect_continual,
+    compute_continual,
+    open_continual,
+    overall_width,
+    transfer_width,
+)
 from deepen.studies.continual.tasks import cut_middle
 from deepen.studies.engine import Share
 
@@ -26,7 +35,6 @@ METHODS = [
     {"name": "once", "method": "blocks", "expand": {"blocks": 2}, "learning_rate": 1e-2},
     {"name": "each", "method": "blocks", "expand": {"blocks": 1}, "each_task": True, "learning_rate": 1e-2},
 ]
-TASKS = ("first", "second", "third")
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +44,13 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def recipe(base, tmp_path, monkeypatch):
-    """Write a recipe of three tasks of a word and the one after it; `changes` are its keys."""
+    """Write a recipe of tasks, each of a word and one some words later; `changes` are its keys."""
     monkeypatch.setattr(engine, "traceable_code", lambda: None)
     monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path / "cache"))
 
-    def write(**changes):
+    def write(*names, **changes):
         tasks = []
-        for step, name in enumerate(TASKS, start=1):
+        for step, name in enumerate(names or ("first", "second"), start=1):
             pairs = [
                 {"prompt": f"{word} {step}", "answer": WORDS[(at + step) % 10]}
                 for at, word in enumerate(WORDS)
@@ -83,21 +91,17 @@ def test_every_method_learns_the_sequence(recipe, base, tmp_path, capsys):
     assert list(cells) == [method["name"] for method in METHODS]
     assert told["missing"] == []
     for cell in cells.values():
-        assert [[value is None for value in row] for row in cell["R"]] == [
-            [False, True, True],
-            [False, False, True],
-            [False, False, False],
-        ]
-        assert cell["op"] == pytest.approx(sum(cell["R"][2]) / 3)
-        assert cell["bwt"] == pytest.approx(sum(cell["R"][2][i] - cell["R"][i][i] for i in (0, 1)) / 2)
+        assert [[value is None for value in row] for row in cell["R"]] == [[False, True], [False, False]]
+        assert cell["op"] == pytest.approx(sum(cell["R"][1]) / 2)
+        assert cell["bwt"] == pytest.approx(cell["R"][1][0] - cell["R"][0][0])
         assert cell["op_low"] <= cell["op"] <= cell["op_high"]
-        assert len(cell["general_course"]["general"]) == 3
+        assert len(cell["general_course"]["general"]) == 2
         assert cell["general"][0]["delta"] is not None
     assert {key: told[key] for key in ("R", "op", "bwt")} == {
         key: cells["seqft"][key] for key in ("R", "op", "bwt")
     }
     steps = {name: [task["steps"] for task in cell["learned"]] for name, cell in cells.items()}
-    assert steps["replay"][2] > steps["seqft"][2]  # it sees more windows
+    assert steps["replay"][1] > steps["seqft"][1]  # it sees more windows
     page = (tmp_path / "study" / "report.html").read_text()
     assert page.count("<svg") == 5
     for cell in cells.values():
@@ -113,16 +117,16 @@ def _check_models(study, cells, base):
         return study / cells[name]["directory"] / task / "trained"
 
     assert (
-        AutoModelForCausalLM.from_pretrained(trained("each", "3-third") / "model").config.num_hidden_layers
-        == 6
+        AutoModelForCausalLM.from_pretrained(trained("each", "2-second") / "model").config.num_hidden_layers
+        == 5
     )
-    held = load_file(trained("each", "3-third") / "model" / "model.safetensors")
+    held = load_file(trained("each", "2-second") / "model" / "model.safetensors")
     # Blocks on top of three of the base: each task's are those of the tasks before, unmoved, and its own.
-    earlier = load_file(trained("each", "2-second") / "model" / "model.safetensors")
+    earlier = load_file(trained("each", "1-first") / "model" / "model.safetensors")
     assert all(torch.equal(held[name], tensor) for name, tensor in original.items() if name in held)
     assert all(torch.equal(held[name], tensor) for name, tensor in earlier.items())
     packs = [
-        load_file(trained("once", task) / "blocks" / "blocks.safetensors") for task in ("1-first", "3-third")
+        load_file(trained("once", task) / "blocks" / "blocks.safetensors") for task in ("1-first", "2-second")
     ]
     assert packs[0].keys() == packs[1].keys()
     assert not all(torch.equal(packs[0][name], packs[1][name]) for name in packs[0])
@@ -130,18 +134,19 @@ def _check_models(study, cells, base):
         load_file(trained("lora", task) / "adapter" / "adapter_model.safetensors")
         for task in ("1-first", "2-second")
     ]
-    assert adapters[0].keys() == adapters[1].keys()
+    # One step further with the same adapter: another one would begin elsewhere.
+    assert all((adapters[1][name] - tensor).abs().max() < 0.05 for name, tensor in adapters[0].items())
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])
+@pytest.mark.parametrize("method", [METHODS[1], METHODS[4]], ids=lambda method: method["name"])
 def test_a_study_cut_short_goes_on_after_the_last_task(recipe, tmp_path, monkeypatch, method):
-    path, whole = recipe(methods=[method]), tmp_path / "whole"
+    whole = tmp_path / "whole"
     _, expected = compute(recipe(methods=[method], output=str(whole)))
-    recipe(methods=[method])
+    path = recipe(methods=[method])
     learn, learned = sequence.learn_task, []
 
     def dying(*arguments):
-        if len(learned) == 2:
+        if learned:
             raise TrainingError("killed")
         learned.append(arguments[5].name)
         return learn(*arguments)
@@ -155,11 +160,11 @@ def test_a_study_cut_short_goes_on_after_the_last_task(recipe, tmp_path, monkeyp
         sequence, "learn_task", lambda *arguments: learned.append(arguments[5].name) or learn(*arguments)
     )
     _, found = compute(path)
-    assert learned == ["1-first", "2-second", "3-third"]
+    assert learned == ["1-first", "2-second"]
     assert found.cells[0].R == expected.cells[0].R
     assert found.cells[0].directory == expected.cells[0].directory
     one, other = (
-        next((root / found.cells[0].directory / "3-third" / "trained").rglob("*.safetensors"))
+        next((root / found.cells[0].directory / "2-second" / "trained").rglob("*.safetensors"))
         for root in (tmp_path / "study", whole)
     )
     assert one.read_bytes() == other.read_bytes()
@@ -171,9 +176,8 @@ def test_a_study_cut_short_goes_on_after_the_last_task(recipe, tmp_path, monkeyp
 def test_a_task_cut_short_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypatch):
     from deepen.studies.continual import training
 
-    path = recipe(epochs=8.0)
-    _, expected = compute(recipe(epochs=8.0, output=str(tmp_path / "whole")))
-    recipe(epochs=8.0)
+    _, expected = compute(recipe("first", epochs=8.0, output=str(tmp_path / "whole")))
+    path = recipe("first", epochs=8.0)
     save, saved = training.save_checkpoint, []
 
     def dying(*arguments, **options):
@@ -193,7 +197,7 @@ def test_a_task_cut_short_goes_on_from_its_checkpoint(recipe, tmp_path, monkeypa
 
 
 def test_shares_of_the_cells_make_one_study(recipe, capsys):
-    path = str(recipe(seeds=[0, 1]))
+    path = str(recipe("first", seeds=[0, 1]))
     assert main(["study", "continual", path, "--cell", "1/2", "--json"]) == 0
     told = capsys.readouterr()
     content = json.loads(told.out)
@@ -203,6 +207,23 @@ def test_shares_of_the_cells_make_one_study(recipe, capsys):
     assert "not finished yet: seqft-0" in told.err
     assert main(["study", "continual", path, "--cell", "2/2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing"] == []
+
+
+def test_intervals_are_of_test_items():
+    """Against scipy's standard errors; an answer that stays right or wrong adds nothing to BWT's."""
+    draws = np.random.default_rng(0).random((2, 3, 30)) < 0.5
+    last, own = (
+        [
+            TaskAnswers(task=str(i), answers=[None] * 30, scores=[float(s) for s in row])
+            for i, row in enumerate(half)
+        ]
+        for half in draws
+    )
+    errors = sem(draws[0].astype(float), axis=1)
+    assert overall_width(last) == pytest.approx(1.959964 * np.sqrt((errors**2).sum()) / 3)
+    moved = sem(draws[0].astype(float) - draws[1], axis=1)[:2]
+    assert transfer_width(last, own) == pytest.approx(1.959964 * np.sqrt((moved**2).sum()) / 2)
+    assert transfer_width(last, last) == 0
 
 
 def test_prompts_are_cut_in_their_middle(base):

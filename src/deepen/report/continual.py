@@ -43,9 +43,10 @@ def render_continual(record: ContinualRecord) -> str:
 def matrix_chart(record: ContinualRecord, cell: SequenceCell) -> Chart:
     """Draw R as a heat-map: the darker a square, the higher the score; each holds its number."""
     names = [task.name for task in record.tasks]
+    rows: list[Sequence[float | None]] = [record.base_scores, *cell.R]
 
     def draw(axes: Axes) -> None:
-        for row, scores in enumerate([record.base_scores, *cell.R]):
+        for row, scores in enumerate(rows):
             for column, value in enumerate(scores):
                 if value is not None:
                     _square(axes, row, column, value, own=column == row - 1)
