@@ -22,7 +22,7 @@ from deepen.checkpoint import write_file
 from deepen.demo.text import code, documents_apart, module_name, prose, standard_library
 
 TRAINING = 900_000  # characters of each domain
-DOCUMENT = 3_000  # characters of each held-out document: many are scored and not a few long ones
+DOCUMENT = 1_000  # characters of each held-out document: many are scored and not a few long ones
 LARGEST = 40_000  # characters of a header; longer ones are tables, or whole libraries in a file
 HELDOUT = 70  # documents of each held-out text
 

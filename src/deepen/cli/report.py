@@ -11,18 +11,24 @@ app = new_app()
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run; a finished one, unless it is watched.")],
+    run: Annotated[Path, typer.Argument(help="A run; a finished one, unless it is watched; or a study.")],
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve the page on this machine while the run goes on.")
     ] = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where; 0: any free port.")] = 8377,
 ) -> None:
-    """Write a run's report.html and model card anew from its records, or show them while it trains."""
+    """Write the report.html of a run or a study anew from its records; show a run's while it trains.
+
+    A run gets its model card too.
+    """
     if watch:
         _watch(run, port)
         return
-    from deepen.report import write_card, write_report
+    from deepen.report import write_card, write_report, write_study_report
 
+    if (run / "study.json").exists():
+        print(write_study_report(run))
+        return
     print(write_report(run))
     print(write_card(run, run))
 

@@ -186,12 +186,17 @@ def _difference(path: Path, recipe: Recipe) -> str | None:
     return _first_difference(held, deciding(recipe), "")
 
 
-def deciding(recipe: Recipe) -> dict[str, Any]:
-    """Return what of a recipe decides its result, as plain data: not where, nor how it is done."""
-    tree = recipe.model_dump(mode="json")
+def deciding(recipe: Recipe, *, defaults: bool = True) -> dict[str, Any]:
+    """Return what of a recipe decides its result, as plain data: not where, nor how it is done.
+
+    Args:
+        recipe: any.
+        defaults: also what stands at its default; without, a recipe stays the same when keys are added.
+    """
+    tree = recipe.model_dump(mode="json", exclude_defaults=not defaults)
     del tree["output"]
     for section, key in _HOW:
-        del tree[section][key]
+        tree.get(section, {}).pop(key, None)
     return tree
 
 

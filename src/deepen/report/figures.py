@@ -137,7 +137,7 @@ def plane_chart(comparison: Comparison) -> Chart | None:
                 capsize=2.5,
             )
         axes.margins(0.18)
-        annotate(axes, places)
+        _annotate(axes, places)
         axes.set_xlabel("general loss  (left: kept better)")
         axes.set_ylabel("domain loss  (down: learned more)")
 
@@ -145,7 +145,7 @@ def plane_chart(comparison: Comparison) -> Chart | None:
     return chart("plane", "Learned against kept", description, (5.4, 4.2), draw)
 
 
-def annotate(axes: Axes, places: Sequence[tuple[str, float, float]]) -> None:
+def _annotate(axes: Axes, places: Sequence[tuple[str, float, float]]) -> None:
     """Name points towards the middle of the plot, moved apart from the bottom up where two would overlap."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     taken: list[tuple[bool, float]] = []

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepen.records import RateChoice, StudyRecord, StudyRow, StudyScore, read_record
+from deepen.records import RateChoice, StudyRecord, StudyScore, read_record
 from deepen.report.study_figures import count_charts, curves_chart, plane_charts
 from deepen.report.templates import render
-from deepen.report.wording import change, count, duration, interval
+from deepen.report.wording import change, interval
 from deepen.report.write import write_page
 
 _TITLES = {
@@ -62,7 +62,7 @@ def _rates(record: StudyRecord) -> list[tuple[str, list[str], list[RateChoice]]]
 
 
 def describe_study(record: StudyRecord) -> list[str]:
-    """Say of each domain which row learned most and which forgot least, in sentences with intervals."""
+    """Say of each domain which row learned most and which forgot least, by how much from the base."""
     said = []
     for domain in dict.fromkeys(row.domain for row in record.rows):
         rows = [row for row in record.rows if row.domain == domain]
@@ -72,7 +72,7 @@ def describe_study(record: StudyRecord) -> list[str]:
         if kept:
             _, least, score = min(kept, key=lambda each: each[0])
             line += f"; {least.row} forgot least ({_moved(score)})"
-        said.append(f"{line}. Nats per token, change from the base with its 95% interval.")
+        said.append(line)
     return said
 
 
@@ -98,29 +98,17 @@ def print_study(record: StudyRecord, console: Console) -> None:
 
 
 def study_table(record: StudyRecord) -> Table:
-    """Return the table for the terminal."""
-    table = Table(caption="nats per token; Δ from the base, paired, 95% interval over documents")
+    """Return the table for the terminal; the page has the rest."""
+    table = Table(caption="nats per token; Δ from the base, paired, mean over seeds, 95% interval over items")
     for heading in ("domain", "row"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("rate", "seeds", "trained", "domain Δ", "general Δ", "FLOPs", "time"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, overflow="fold")
+    for heading in ("domain Δ", "general Δ", "seeds"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in record.rows:
-        table.add_row(*(Text(text) for text in _cells(row)))
+        scores = (_shown(row.domain_score), _shown(row.general))
+        table.add_row(*map(Text, (row.domain, row.row, *scores, str(len(row.seeds)))))
     return table
 
 
-def _cells(row: StudyRow) -> tuple[str, ...]:
-    def shown(score: StudyScore | None) -> str:
-        return "–" if score is None else f"{change(score.delta)}\n{interval(score.ci_low, score.ci_high)}"
-
-    return (
-        row.domain,
-        row.row,
-        f"{row.learning_rate:g}",
-        str(len(row.seeds)),
-        count(row.trainable),
-        shown(row.domain_score),
-        shown(row.general),
-        "–" if row.flops is None else count(row.flops),
-        duration(row.seconds),
-    )
+def _shown(score: StudyScore | None) -> str:
+    return "–" if score is None else f"{change(score.delta)}\n{interval(score.ci_low, score.ci_high)}"

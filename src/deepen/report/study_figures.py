@@ -6,7 +6,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from deepen.records import StudyRecord, StudyRow, StudyScore
-from deepen.report.figures import annotate
 from deepen.report.svg import INK, MUTED, SERIES, Chart, chart
 from deepen.report.wording import change, count, loss
 
@@ -30,16 +29,17 @@ def _plane(record: StudyRecord, domain: str) -> Chart | None:
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.axhline(base, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.plot([0], [base], "o", markersize=8, markerfacecolor="none", markeredgecolor=INK)
+        axes.plot([0], [base], "o", markersize=8, markerfacecolor="none", markeredgecolor=INK, label="base")
         for number, row in enumerate(rows):
             _draw_row(axes, row, SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)])
-        axes.margins(0.18)
-        annotate(axes, places)
+        axes.margins(0.12)
+        # Names beside the plot: methods may lie as near to each other as they like.
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=11, labelcolor=INK, handlelength=1.4)
         axes.set_xlabel("general loss, change from the base  (left: kept better)")
         axes.set_ylabel("domain loss  (down: learned more)")
 
     words = "; ".join(f"{label}: general {change(x)}, domain {loss(y)}" for label, x, y in places)
-    return chart(f"plane-{domain}", f"Learning and forgetting: {domain}", words, (5.6, 4.4), draw)
+    return chart(f"plane-{domain}", f"Learning and forgetting: {domain}", words, (7.0, 4.4), draw)
 
 
 def _place(row: StudyRow) -> tuple[float, float]:
@@ -65,6 +65,7 @@ def _draw_row(axes: Axes, row: StudyRow, colour: str, marker: str) -> None:
         markersize=6,
         linewidth=1.4,
         capsize=2.5,
+        label=row.row,
     )
 
 
@@ -156,7 +157,7 @@ def _over_counts(
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_locator(MaxNLocator(1))
         axes.set_xlabel("new blocks")
-        axes.set_ylabel("change from the base, nats per token")
+        axes.set_ylabel("Δ, nats per token")
         axes.legend(fontsize=11, labelcolor=INK, handlelength=3)
 
     words = "; ".join(f"{row.row}: {change(score.delta)}" for row in rows if (score := of(row)))

@@ -86,7 +86,7 @@ def plan_costs(grid: Grid, store: Store) -> list[Planned]:
         if slot.cell is None and slot.name.endswith(first):
             continue
         done = slot.cell is not None and store.finished(slot.cell) is not None
-        planned[slot.cell.key if slot.cell else slot.name] = Planned(
-            name=slot.name, finished=done, waits_for=slot.waits_for, cost=costs[place]
-        )
+        key = slot.cell.key if slot.cell else slot.name
+        found = Planned(name=slot.name, finished=done, waits_for=slot.waits_for, cost=costs[place])
+        planned.setdefault(key, found)
     return list(planned.values())

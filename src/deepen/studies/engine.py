@@ -113,7 +113,7 @@ def _compute(store: Store, cell: Cell, code: str | None, reporter: "_Narrow") ->
     try:
         computed = cell.compute(directory, reporter)
     except Interrupted:
-        raise
+        raise Interrupted(f"stopped in {cell.name}, after saving; call again to go on") from None
     except DeepenError as error:
         raise type(error)(f"{directory}: {error}") from None
     store.finish(cell, computed, code)

@@ -93,7 +93,7 @@ class Grid:
         return run_cell(
             f"{place.domain}-{place.row.label}-rate{rate:g}-seed{seed}",
             self.recipe(place, rate, seed),
-            self.outline(place).fingerprint,
+            self.outline(place),
             self._texts(place.domain),
             keep_models=self.study.keep_models,
         )

@@ -10,34 +10,38 @@ from deepen.config import Recipe, TextSet, load_recipe
 from deepen.data.sources import open_source
 from deepen.errors import Diverged, OutputError
 from deepen.pipeline.directory import RunDirectory, deciding
+from deepen.pipeline.plan import Outline
 from deepen.pipeline.reporter import Reporter
 from deepen.records import EvaluationRecord, Provenance, RunFacts, RunResult, read_metrics, read_record
 from deepen.studies.cells import Cell, Computed
 
-# Raised when a change of deepen changes what equal inputs give.
+# Raised when a change of deepen changes what equal inputs give; a default of the recipe, for one.
 _VERSION: Final = 1
 
 
 def run_cell(
-    name: str, recipe: Recipe, fingerprint: str, texts: Mapping[str, Any], *, keep_models: bool
+    name: str, recipe: Recipe, outline: Outline, texts: Mapping[str, Any], *, keep_models: bool
 ) -> Cell:
     """Return the cell that a recipe is; its `output` does not count.
 
     Args:
         name: readable.
         recipe: of the run.
-        fingerprint: of its base.
+        outline: of a run from the same base to the same layout.
         texts: digests of everything it reads, from `text_digests`.
         keep_models: whether what trained stays when the cell is finished.
     """
-    settings = deciding(recipe)
+    settings = deciding(recipe, defaults=False)
     del settings["base"]
+    settings.pop("expand", None)  # the layout it gives decides: one new block is on top, interleaved or not
     for section, key in (("data", "sources"), ("evaluate", "general"), ("evaluate", "domain")):
-        settings[section][key] = [_without_place(text) for text in settings[section][key]]
+        if found := settings.get(section, {}).get(key):
+            settings[section][key] = [_without_place(text) for text in found]
     inputs = {
         "kind": "run",
         "version": _VERSION,
-        "base": fingerprint,
+        "base": outline.fingerprint,
+        "layout": outline.layout and [[block.after, block.copy_of] for block in outline.layout.new_blocks],
         "texts": dict(texts),
         "recipe": settings,
     }

@@ -1,0 +1,280 @@
+"""Studies over rows × domains × seeds, on tiny real runs: keys, choices, tables, pages."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tiny_run import sentences, write_base
+
+from deepen.cli import main
+from deepen.config import AblationRecipe, BaselinesRecipe, load_document
+from deepen.errors import DataError, RecipeError
+from deepen.evaluation import compare_runs
+from deepen.pipeline import run as pipeline_run
+from deepen.pipeline.reporter import Silent
+from deepen.records import EvaluationRecord, RunFacts, StudyRecord, read_record
+from deepen.report import render_study
+from deepen.studies import engine
+from deepen.studies.engine import Share
+from deepen.studies.study import collect_study, compute_study, open_study
+
+ROOT = Path(__file__).parents[1]
+RATES = [1e-3, 2e-2]
+SEEDS = [3, 4]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny base and its texts."""
+    root = tmp_path_factory.mktemp("studies")
+    write_base(root / "base")
+    domain = sentences(3, 100)
+    texts = {"general": sentences(0, 40), "train": domain[:30], "tune": domain[30:65], "heldout": domain[65:]}
+    for name, documents in texts.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    return root
+
+
+def recipe(root, kind="baselines", **changes):
+    """Write a study of four steps a cell below `root`; return its path."""
+    shared = {
+        "base": str(root / "base"),
+        "data": {"sequence_length": 32, "cache": str(root / "cache")},
+        "train": {"tokens": 4 * 128, "batch_tokens": 128, "evaluate_every": 100, "checkpoint_every": 100},
+        "evaluate": {"general": [{"path": str(root / "general.jsonl")}]},
+    }
+    domain = {
+        "sources": [{"path": str(root / "train.jsonl")}],
+        "tuning": [{"path": str(root / "tune.jsonl")}],
+        "reported": [{"path": str(root / "heldout.jsonl")}],
+    }
+    content = {
+        "run": shared,
+        "output": str(root / "study"),
+        "domains": {"words": domain},
+        "seeds": SEEDS,
+        "learning_rates": RATES,
+    }
+    if kind == "baselines":
+        content["methods"] = {
+            "blocks": {"expand": {"blocks": 1}},
+            "lora": {"train": {"method": "lora"}, "learning_rates": [5e-3]},
+        }
+        content["match"] = "blocks"
+    else:
+        content |= {"counts": [1, 2], "placements": ["interleaved", "suffix"], "learning_rates": [5e-3]}
+        content["seeds"] = [0]
+    path = root / f"{kind}.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def traceable(monkeypatch):
+    monkeypatch.setattr(engine, "traceable_code", lambda: "c0ffee")
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """A study computed to its end: (study, names of the cells computed)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "traceable_code", lambda: "c0ffee")
+        study = open_study("baselines", recipe(place), None)
+        return study, compute_study(study, Share(), Silent()).computed
+
+
+def test_every_cell_is_computed_once(finished, monkeypatch):
+    study, computed = finished
+    # Two rates for blocks, one of which is the first seed's cell; a seed more; two seeds of lora.
+    assert len(computed) == len(set(computed)) == 2 + 1 + 2
+    monkeypatch.setattr(pipeline_run, "run_recipe", None)
+    assert compute_study(study, Share(), Silent()).computed == []
+
+
+def test_a_rate_is_chosen_by_the_tuning_text_alone(finished):
+    study, _ = finished
+    record = collect_study(study)
+    (choice,) = record.choices
+    held = {}
+    for rate, cell in zip(choice.losses, choice.cells, strict=True):
+        texts = read_record(study.store.study / cell / "evaluation" / "heldout.json", EvaluationRecord).texts
+        items = next(text.items for text in texts if text.task == "tune")
+        held[rate] = sum(items.nll) / sum(items.tokens)
+    assert choice.losses == pytest.approx(held)
+    assert choice.chosen == float(min(held, key=held.get))
+    assert choice.at_edge  # of a grid of two, either is
+    assert choice.seed == SEEDS[0]
+
+
+def test_the_table_is_of_the_reported_texts_and_of_all_seeds(finished):
+    study, _ = finished
+    record = collect_study(study)
+    assert record.finished == record.cells == 2 + 2 + 2
+    assert [row.row for row in record.rows] == ["blocks", "lora"]
+    for row in record.rows:
+        assert row.seeds == SEEDS
+        assert not row.missing
+        runs = [study.store.study / cell for cell in row.cells]
+        each = [column_of(run, "heldout") for run in runs]
+        assert row.domain_score.texts == ["heldout"]
+        assert row.domain_score.seed_deltas == pytest.approx([cell.from_base.delta for cell in each])
+        assert row.domain_score.value == pytest.approx(np.mean([cell.value for cell in each]))
+        assert row.domain_score.delta == pytest.approx(np.mean(row.domain_score.seed_deltas))
+        assert row.domain_score.ci_low < row.domain_score.delta < row.domain_score.ci_high
+        assert row.general.delta == pytest.approx(
+            np.mean([column_of(run, "general").from_base.delta for run in runs])
+        )
+        assert row.tokens == 4 * 128
+        assert row.flops > 0
+        assert row.curve[-1][0] == row.tokens
+
+
+def column_of(run, name):
+    comparison = compare_runs([run])
+    return comparison.rows[1].cells[[column.name for column in comparison.columns].index(name)]
+
+
+def test_parameters_are_matched(finished):
+    study, _ = finished
+    record = collect_study(study)
+    blocks, lora = record.rows
+    assert record.matched == blocks.trainable
+    assert lora.trainable == pytest.approx(blocks.trainable, rel=0.1)
+
+
+def test_models_go_and_records_stay(finished):
+    study, _ = finished
+    for cell in (study.store.study / "cells").iterdir():
+        assert not {"checkpoints", "blocks", "adapter", "model"} & {path.name for path in cell.iterdir()}
+        assert {"cell.json", "result.json", "metrics.jsonl", "report.html"} <= {
+            p.name for p in cell.iterdir()
+        }
+
+
+def test_the_page_links_every_record(finished):
+    study, _ = finished
+    page = (study.store.study / "report.html").read_text()
+    record = read_record(study.store.study / "study.json", StudyRecord)
+    assert page == render_study(record)
+    for cell in (study.store.study / "cells").iterdir():
+        assert f'href="cells/{cell.name}/cell.json"' in page
+    assert "At the edge of the grid" in page
+    assert "<svg" in page
+    assert "http-equiv" not in page
+
+
+def test_unfinished_cells_are_in_no_table_and_go_on_where_they_were(finished):
+    """As a kill between a run's end and its cell's record leaves it: nothing is trained again."""
+    study, _ = finished
+    whole = collect_study(study)
+    cell = study.store.study / whole.rows[1].cells[1]
+    (cell / "cell.json").unlink()
+    cut = collect_study(study)
+    assert cut.finished == whole.finished - 1
+    assert (cut.rows[1].seeds, cut.rows[1].missing) == (SEEDS[:1], SEEDS[1:])
+    assert cut.rows[0] == whole.rows[0]
+    assert "not computed yet" in "".join(cut.waiting)
+    assert "missing: 4" in render_study(cut)
+    trained = (cell / "metrics.jsonl").stat().st_mtime_ns
+    assert compute_study(study, Share(), Silent()).computed == [cell.name.rpartition("-")[0]]
+    assert (cell / "metrics.jsonl").stat().st_mtime_ns == trained
+    assert collect_study(study) == whole
+
+
+def test_only_what_decides_a_result_is_in_its_key(place, tmp_path, finished):
+    study, _ = finished
+
+    def keys(study):
+        return [slot.cell.key for slot in study.slots() if slot.cell]
+
+    known = keys(study)
+    moved = tmp_path / "moved"
+    shutil.copytree(place, moved, ignore=shutil.ignore_patterns("study", "cache"))
+    same = open_study("baselines", recipe(moved), place / "study")
+    assert keys(same) == known  # texts and base lie elsewhere
+    (moved / "train.jsonl").write_text('{"text": "other words"}\n' * 30)
+    changed = open_study("baselines", recipe(moved), place / "study")
+    assert not set(keys(changed)) & set(known)
+    longer = open_study("baselines", recipe(place), None, ["run.train.tokens=1024"])
+    assert not set(keys(longer)) & set(known)
+    machine = open_study("baselines", recipe(place), None, ["run.train.device=cpu"])
+    assert keys(machine) == known
+
+
+def test_a_diverged_cell_is_said_and_in_no_mean(place, tmp_path, monkeypatch):
+    """The rate that blows up is no choice; a seed that does is left out of its row."""
+    path = recipe(
+        place, learning_rates=[5e-3, 1e30], methods={"full": {"train": {"method": "full"}}}, match=None
+    )
+    study = open_study("baselines", path, tmp_path / "study", ["seeds=[0]"])
+    compute_study(study, Share(), Silent())
+    record = collect_study(study)
+    (choice,) = record.choices
+    assert choice.losses["1e+30"] is None
+    assert choice.chosen == 5e-3
+    assert record.rows[0].learning_rate == 5e-3
+    assert "diverged" in render_study(record)
+    diverged = study.store.finished(study.grid.cell(study.grid.places[0], 1e30, 0))
+    assert "not finite" in RunFacts.model_validate(diverged.result).diverged
+
+
+def test_an_ablation_has_counts_and_placements_on_its_axes(place, tmp_path, capsys):
+    path = recipe(place, "ablation")
+    out = str(tmp_path / "study")
+    assert main(["study", "ablation", str(path), "--out", out, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["left"] == 3  # a single new block stands on top, interleaved or not: one cell
+    assert not Path(out).exists()
+    assert main(["study", "ablation", str(path), "--out", out, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["facts"] for row in rows] == [
+        {"blocks": count, "placement": where} for where in ("interleaved", "suffix") for count in (1, 2)
+    ]
+    costs = {each["name"]: each["cost"] for each in planned["cells"]}
+    for row in rows:
+        name = row["row"].replace("suffix-1", "interleaved-1")
+        cost = costs[f"words-{name}-rate0.005-seed0"]
+        assert cost["trainable"] == row["trainable"]
+        assert cost["flops"] == pytest.approx(row["flops"], rel=2e-3)
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert page.count("<svg") == 3  # two over counts, one of curves
+    assert "is not varied" in page
+    assert main(["report", out]) == 0
+    assert (tmp_path / "study" / "report.html").read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["run.train.seed=1"], "run.train.seed: the study decides it"),
+        (["domains.words.sorces=[]"], "did you mean sources?"),
+        (["run.train.tokns=5"], "train.tokns: unknown key; did you mean tokens?"),
+        (["domains.words.tuning=[]"], "no tuning text to choose by"),
+        (["match=nothing"], "no row is called nothing"),
+        (["match=lora"], "name a row of method blocks or full"),
+        (["methods.lora.train.lora={rnak: 3}"], "did you mean rank?"),
+        (["seeds=[1, 1]"], "one stands twice"),
+        (["run.expand={blocks: 1}"], "run.expand: the study decides it"),
+    ],
+)
+def test_faults_are_said_before_anything_is_computed(place, tmp_path, settings, said):
+    with pytest.raises(RecipeError) as found:
+        open_study("baselines", recipe(place), tmp_path / "study", settings)
+    assert said in str(found.value)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_missing_text_is_said_at_once(place):
+    with pytest.raises((DataError, RecipeError), match="no file matches"):
+        open_study("baselines", recipe(place), None, ["domains.words.reported=[{path: none.txt}]"])
+
+
+KINDS = {"baselines-small": BaselinesRecipe, "ablation-small": AblationRecipe}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path):
+    load_document(path, KINDS[path.stem])
