@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from deepen.studies.continual.study import (
 from deepen.studies.continual.tasks import cut_middle
 from deepen.studies.engine import Share
 
+ROOT = Path(__file__).parents[1]
 METHODS = [
     {"name": "seqft", "method": "full", "learning_rate": 1e-2},
     {"name": "lora", "method": "lora", "learning_rate": 1e-2, "lora": {"rank": 2}},
@@ -104,6 +106,8 @@ def test_every_method_learns_the_sequence(recipe, base, tmp_path, capsys):
     assert steps["replay"][1] > steps["seqft"][1]  # it sees more windows
     page = (tmp_path / "study" / "report.html").read_text()
     assert page.count("<svg") == 5
+    assert main(["report", str(tmp_path / "study")]) == 0
+    assert (tmp_path / "study" / "report.html").read_text() == page
     for cell in cells.values():
         assert f'href="{cell["directory"]}/cell.json"' in page
     _check_models(tmp_path / "study", cells, base)
@@ -282,6 +286,18 @@ def test_conversations_of_several_turns_are_no_task(recipe, tmp_path):
     (tmp_path / "first-test.json").write_text(json.dumps([{"messages": turns}]))
     with pytest.raises(DataError, match=r"first: .*record 1: is not one prompt and its answer"):
         open_continual(path)
+
+
+RECIPES = {
+    "docs": re.search("```yaml\n(output:.*?)```", (ROOT / "docs/continual.md").read_text(), re.DOTALL)[1],
+    "small": (ROOT / "recipes/studies/continual-small.yaml").read_text(),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_shown_are_valid(tmp_path, name):
+    (tmp_path / "r.yaml").write_text(RECIPES[name])
+    assert len(load_document(tmp_path / "r.yaml", ContinualRecipe).sequence) == 8
 
 
 def test_trace_itself_is_read(data_dir, tmp_path):

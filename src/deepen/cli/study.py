@@ -6,7 +6,6 @@ import typer
 
 from deepen.cli.apps import new_app
 from deepen.cli.output import human_count, print_json
-from deepen.cli.study_continual import continual
 
 if TYPE_CHECKING:
     from deepen.studies.cost import Cost
@@ -56,7 +55,22 @@ def ablation(
     _study("ablation", recipe, out, settings, cell, dry_run, as_json)
 
 
-app.command()(continual)
+@app.command()
+def continual(
+    recipe: Recipe,
+    out: Out = None,
+    settings: Settings = None,
+    cell: Part = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Tasks learned one after another (TRACE): what each method keeps of the earlier ones.
+
+    Finished cells, and finished tasks of others, are never computed again: call it again to go on.
+    """
+    from deepen.cli.continual import study_continual
+
+    study_continual(recipe, out, settings or [], cell, dry_run, as_json)
 
 
 def _study(

@@ -27,10 +27,11 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
-from deepen.records.study import CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
+from deepen.records.study import AnyStudy, CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [
+    "AnyStudy",
     "AuditResult",
     "BlockPoint",
     "Cell",

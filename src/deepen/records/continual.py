@@ -1,5 +1,7 @@
 """Results of continual learning: what each task left of those before it."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from deepen.records.provenance import Provenance
@@ -115,6 +117,7 @@ class ContinualRecord(Record):
     """A study of continual learning.
 
     Attributes:
+        kind: of study.
         base: name or path.
         recipe: of the study, as YAML.
         scoring: `standard`, or as TRACE's own code scores.
@@ -125,6 +128,7 @@ class ContinualRecord(Record):
         provenance: of the table.
     """
 
+    kind: Literal["continual"] = "continual"
     base: str
     recipe: str
     scoring: str

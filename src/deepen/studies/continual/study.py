@@ -44,14 +44,14 @@ class ContinualStudy:
         return [Slot(name=cell.name, cell=cell) for cell in self.sequence.cells().values()]
 
 
-def open_continual(path: Path, overrides: Sequence[str] = ()) -> ContinualStudy:
+def open_continual(path: Path, out: Path | None = None, overrides: Sequence[str] = ()) -> ContinualStudy:
     """Read a recipe and the tasks; nothing is written.
 
     Raises:
         DeepenError: the recipe has faults, or the base or a task cannot be used.
     """
     recipe = load_document(path, ContinualRecipe, overrides)
-    study = ContinualStudy(recipe, TaskSequence(recipe), Store(Path(recipe.output)))
+    study = ContinualStudy(recipe, TaskSequence(recipe), Store(out or Path(recipe.output)))
     study.slots()
     return study
 

@@ -1,8 +1,7 @@
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from deepen.cli.output import print_json
 
@@ -10,31 +9,17 @@ if TYPE_CHECKING:
     from deepen.records import ContinualRecord
 
 
-def continual(
-    recipe: Annotated[Path, typer.Argument(help="The study's recipe, a YAML file.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Set a key of the recipe, e.g. seeds=[0].")
-    ] = None,
-    cell: Annotated[
-        str | None,
-        typer.Option("--cell", help="Only the i-th of n shares of the cells, i/n, for a scheduler."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the tasks and the cells; compute nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+def study_continual(
+    recipe: Path, out: Path | None, settings: Sequence[str], cell: str | None, dry_run: bool, as_json: bool
 ) -> None:
-    """Tasks learned one after another (TRACE): what each method keeps of the earlier ones.
-
-    Finished cells, and finished tasks of those cut short, are never computed again: call it again to go on.
-    """
+    """Compute what is missing of a study of continual learning, and print its table."""
     from deepen.cli.display import display, quiet_transformers
     from deepen.studies.continual.study import collect_continual, compute_continual, open_continual
     from deepen.studies.engine import Share
 
     share = Share.parse(cell) if cell else Share()
     quiet_transformers()
-    study = open_continual(recipe, settings or [])
+    study = open_continual(recipe, out, settings)
     if not dry_run:
         with display() as reporter:
             outcome = compute_continual(study, share, reporter)
@@ -57,4 +42,4 @@ def _print(place: Path, record: "ContinualRecord", as_json: bool) -> None:
         if (place / "report.html").exists():
             print(f"{place / 'study.json'}\n{place / 'report.html'}")
     if record.missing:
-        print(f"not finished yet: {', '.join(record.missing)}", file=sys.stderr)
+        print(f"not finished yet: {', '.join(record.missing)}; call again to go on", file=sys.stderr)
