@@ -14,18 +14,26 @@ def study_continual(
 ) -> None:
     """Compute what is missing of a study of continual learning, and print its table."""
     from deepen.cli.display import display, quiet_transformers
-    from deepen.studies.continual.study import collect_continual, compute_continual, open_continual
+    from deepen.records import ContinualRecord, read_record
+    from deepen.studies.continual.study import (
+        RECORD,
+        collect_continual,
+        compute_continual,
+        open_continual,
+    )
     from deepen.studies.engine import Share
 
     share = Share.parse(cell) if cell else Share()
     quiet_transformers()
     study = open_continual(recipe, out, settings)
-    if not dry_run:
-        with display() as reporter:
-            outcome = compute_continual(study, share, reporter)
-        for name in outcome.busy:
-            print(f"{name}: another process is computing it", file=sys.stderr)
-    _print(study.store.study, collect_continual(study), as_json)
+    if dry_run:
+        _print(study.store.study, collect_continual(study), as_json)
+        return
+    with display() as reporter:
+        outcome = compute_continual(study, share, reporter)
+    for name in outcome.busy:
+        print(f"{name}: another process is computing it", file=sys.stderr)
+    _print(study.store.study, read_record(study.store.study / RECORD, ContinualRecord), as_json)
 
 
 def _print(place: Path, record: "ContinualRecord", as_json: bool) -> None:
