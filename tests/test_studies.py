@@ -10,7 +10,7 @@ import yaml
 from tiny_run import sentences, write_base
 
 from deepen.cli import main
-from deepen.config import AblationRecipe, BaselinesRecipe, load_document
+from deepen.config import AblationRecipe, BaselinesRecipe, DomainSection, load_document
 from deepen.errors import DataError, RecipeError
 from deepen.evaluation import compare_runs
 from deepen.pipeline import run as pipeline_run
@@ -18,7 +18,7 @@ from deepen.pipeline.reporter import Silent
 from deepen.records import EvaluationRecord, RunFacts, StudyRecord, read_record
 from deepen.report import render_study
 from deepen.studies import engine
-from deepen.studies.engine import Share
+from deepen.studies.engine import Share, run_cells
 from deepen.studies.study import collect_study, compute_study, open_study
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +210,7 @@ def test_a_diverged_cell_is_said_and_in_no_mean(place, tmp_path, monkeypatch):
         place, learning_rates=[5e-3, 1e30], methods={"full": {"train": {"method": "full"}}}, match=None
     )
     study = open_study("baselines", path, tmp_path / "study", ["seeds=[0]"])
-    compute_study(study, Share(), Silent())
+    run_cells(study.store, study.grid.plan, Share(), Silent())
     record = collect_study(study)
     (choice,) = record.choices
     assert choice.losses["1e+30"] is None
@@ -278,3 +278,11 @@ KINDS = {"baselines-small": BaselinesRecipe, "ablation-small": AblationRecipe}
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path):
     load_document(path, KINDS[path.stem])
+
+
+def test_the_page_on_studies_shows_a_recipe_and_names_every_key(tmp_path):
+    page = (ROOT / "docs" / "studies.md").read_text()
+    (tmp_path / "study.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    load_document(tmp_path / "study.yaml", BaselinesRecipe)
+    keys = {*BaselinesRecipe.model_fields, *AblationRecipe.model_fields, *DomainSection.model_fields}
+    assert not {key for key in keys if f"`{key}`" not in page}

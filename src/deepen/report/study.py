@@ -8,7 +8,7 @@ from rich.text import Text
 
 from deepen.records import AnyStudy, ContinualRecord, RateChoice, StudyRecord, StudyScore, read_record
 from deepen.report.continual import write_continual_report
-from deepen.report.study_figures import count_charts, curves_chart, plane_charts
+from deepen.report.study_figures import count_charts, curves_chart, plane
 from deepen.report.templates import render
 from deepen.report.wording import change, interval
 from deepen.report.write import write_page
@@ -40,7 +40,7 @@ def render_study(record: StudyRecord) -> str:
         study=record,
         title=_TITLES[record.kind],
         domains={domain: [row for row in record.rows if row.domain == domain] for domain in domains},
-        planes=dict(zip(domains, plane_charts(record, domains), strict=True)),
+        planes={domain: plane(record, domain) for domain in domains if record.kind == "baselines"},
         curves={domain: curves_chart(record, domain) for domain in domains},
         counts={domain: count_charts(record, domain) for domain in domains},
         rates=_rates(record),

@@ -13,13 +13,11 @@ _MARKERS = "os^DvPX"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 
 
-def plane_charts(record: StudyRecord, domains: Sequence[str]) -> list[Chart | None]:
-    """Return the learning–forgetting plane of each domain; None where no general text was scored."""
-    return [_plane(record, domain) for domain in domains]
+def plane(record: StudyRecord, domain: str) -> Chart | None:
+    """Return the learning–forgetting plane of a domain; None where no general text was scored.
 
-
-def _plane(record: StudyRecord, domain: str) -> Chart | None:
-    """General loss less the base's across, domain loss up; a cross for the interval, a dot a seed."""
+    General loss less the base's across, domain loss up; a cross for the intervals, a dot a seed.
+    """
     rows = [row for row in record.rows if row.domain == domain and row.general]
     if not rows:
         return None

@@ -7,6 +7,7 @@ from typing import Literal
 
 from deepen.checkpoint import write_file
 from deepen.config import AblationRecipe, BaselinesRecipe, StudyRecipe, dump_recipe, load_document
+from deepen.errors import DeepenError
 from deepen.pipeline.reporter import Reporter
 from deepen.records import CellRecord, StudyRecord
 from deepen.report import write_study_report
@@ -65,12 +66,17 @@ def open_study(kind: Kind, path: Path, out: Path | None, overrides: Sequence[str
 
 
 def compute_study(study: Study, share: Share, reporter: Reporter) -> Outcome:
-    """Compute what is missing of a share, then write the table and the page of what is finished.
+    """Compute what is missing of a share, and write the table and the page of what is finished by the end.
 
     Raises:
-        DeepenError: a cell cannot be computed; those finished stay.
+        DeepenError: a cell cannot be computed, or the study was stopped; those finished stay.
     """
-    outcome = run_cells(study.store, study.grid.plan, share, reporter)
+    try:
+        outcome = run_cells(study.store, study.grid.plan, share, reporter)
+    except DeepenError:
+        if study.store.study.is_dir():
+            write_study(study)
+        raise
     reporter.stage("writing the table")
     write_study(study)
     return outcome
