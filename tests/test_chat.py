@@ -41,6 +41,7 @@ def oracle() -> dict[str, tuple[str, str]]:
     zephyr = "'<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n'"
     answers = {
         "alpaca": "message['content'] + eos_token",
+        "plain": "message['content'] + eos_token",
         "llama2": "' ' + message['content'] | trim + ' ' + eos_token",
         "mistral": "' ' + message['content'] | trim + eos_token",
     }

@@ -55,6 +55,24 @@ def ablation(
     _study("ablation", recipe, out, settings, cell, dry_run, as_json)
 
 
+@app.command()
+def continual(
+    recipe: Recipe,
+    out: Out = None,
+    settings: Settings = None,
+    cell: Part = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Tasks learned one after another (TRACE): what each method keeps of the earlier ones.
+
+    Finished cells, and finished tasks of others, are never computed again: call it again to go on.
+    """
+    from deepen.cli.continual import study_continual
+
+    study_continual(recipe, out, settings or [], cell, dry_run, as_json)
+
+
 def _study(
     kind: "Kind",
     recipe: Path,

@@ -1,5 +1,6 @@
 """The recipe: strict, frozen models read from YAML with `--set` on top."""
 
+from deepen.config.continual import AnswerMetric, ContinualRecipe, Scoring, SequenceMethod, SequenceTask
 from deepen.config.drift import PRESETS, AnchorSection
 from deepen.config.load import build_recipe, dump_recipe, load_document, load_recipe, parse_recipe
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
@@ -12,7 +13,9 @@ __all__ = [
     "PRESETS",
     "AblationRecipe",
     "AnchorSection",
+    "AnswerMetric",
     "BaselinesRecipe",
+    "ContinualRecipe",
     "ConversationSet",
     "DataSection",
     "DomainSection",
@@ -26,6 +29,9 @@ __all__ = [
     "Place",
     "PromptSection",
     "Recipe",
+    "Scoring",
+    "SequenceMethod",
+    "SequenceTask",
     "SftSection",
     "Source",
     "StudyRecipe",

@@ -21,6 +21,7 @@ from deepen.pipeline.texts import default_cache, load_tokenizer
 from deepen.records import EvaluationRecord, Metric, Role, TextResult, capture_provenance, read_record
 
 _LONGEST_WINDOW = 2048
+_MOST_TOKENS = EvaluateSection().max_tokens
 
 
 def score_subject(
@@ -29,17 +30,18 @@ def score_subject(
     record: Path,
     device: torch.device,
     reporter: Reporter,
+    max_tokens: int = _MOST_TOKENS,
 ) -> list[Metric]:
     """Return the metrics of the texts, scoring those that the record does not hold of this model and base.
 
-    The record then holds them beside the others it held.
+    The record then holds them beside the others it held. At most `max_tokens` of each text are read.
 
     Raises:
         DeepenError: a text cannot be read, two have one name, or the model cannot be loaded.
     """
     if not texts:
         return []
-    wanted = load_text_sets(subject.model.tokenizer, texts)
+    wanted = load_text_sets(subject.model.tokenizer, texts, max_tokens)
     identity = subject_digest(subject)
     held = _held(record, identity)
     missing = [text for text in wanted if not _is_held(text, held)]
@@ -96,14 +98,14 @@ def _score(
 
 
 def load_text_sets(
-    directory: Path, texts: Sequence[tuple[Role, TextSet]], max_tokens: int | None = None
+    directory: Path, texts: Sequence[tuple[Role, TextSet]], max_tokens: int
 ) -> list[EvaluationText]:
     """Read texts that no recipe names, in windows as long as the model has positions, up to 2,048 tokens.
 
     Args:
         directory: of the checkpoint whose tokenizer cuts them.
         texts: each with what it stands for.
-        max_tokens: tokens read of each; default: a recipe's.
+        max_tokens: tokens read of each.
 
     Raises:
         DataError: one cannot be read, or two have one name.
@@ -122,7 +124,7 @@ def load_text_sets(
             task=text.label,
             role=role,
             sequence_length=min(longest, _LONGEST_WINDOW),
-            max_tokens=max_tokens or EvaluateSection().max_tokens,
+            max_tokens=max_tokens,
         )
         for role, text in texts
     ]

@@ -1,6 +1,13 @@
 """Typed results with provenance, as JSON on disk."""
 
 from deepen.records.comparison import Cell, Column, Comparison, Difference, Row
+from deepen.records.continual import (
+    ContinualRecord,
+    LearnedTask,
+    SequenceCell,
+    SequenceTaskRecord,
+    TaskAnswers,
+)
 from deepen.records.findings import FindingsRecord
 from deepen.records.importance import BlockImportance, ImportanceRecord
 from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, read_metrics
@@ -22,10 +29,11 @@ from deepen.records.results import (
     read_result,
 )
 from deepen.records.stop import EarlyStop
-from deepen.records.study import CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
+from deepen.records.study import AnyStudy, CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [
+    "AnyStudy",
     "AuditResult",
     "BlockImportance",
     "BlockPoint",
@@ -33,6 +41,7 @@ __all__ = [
     "CellRecord",
     "Column",
     "Comparison",
+    "ContinualRecord",
     "Difference",
     "EarlyStop",
     "EvaluationPoint",
@@ -41,6 +50,7 @@ __all__ = [
     "IdentityResult",
     "ImportanceRecord",
     "Items",
+    "LearnedTask",
     "Metric",
     "Parameters",
     "Provenance",
@@ -53,9 +63,12 @@ __all__ = [
     "RunResult",
     "ScoredItem",
     "ScoredTask",
+    "SequenceCell",
+    "SequenceTaskRecord",
     "StudyRecord",
     "StudyRow",
     "StudyScore",
+    "TaskAnswers",
     "TaskRecord",
     "TaskScores",
     "TextResult",

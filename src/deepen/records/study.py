@@ -181,3 +181,13 @@ class StudyRecord(Record):
     choices: list[RateChoice]
     provenance: Provenance | None
     codes: list[str]
+
+
+class AnyStudy(Record):
+    """What the `study.json` of every study tells.
+
+    Attributes:
+        kind: of study, which decides its record.
+    """
+
+    kind: str

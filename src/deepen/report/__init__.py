@@ -3,6 +3,7 @@
 from deepen.report.card import write_card
 from deepen.report.comparison import describe_differences, print_table, render_table, write_comparison_page
 from deepen.report.complete import complete_pages
+from deepen.report.continual import print_continual, write_continual_report
 from deepen.report.page import write_report
 from deepen.report.read import RunReport, read_run
 from deepen.report.retention import finding, p_value
@@ -16,6 +17,7 @@ __all__ = [
     "describe_differences",
     "finding",
     "p_value",
+    "print_continual",
     "print_study",
     "print_table",
     "read_run",
@@ -23,6 +25,7 @@ __all__ = [
     "render_table",
     "write_card",
     "write_comparison_page",
+    "write_continual_report",
     "write_report",
     "write_study_report",
 ]

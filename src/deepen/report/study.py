@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepen.records import RateChoice, StudyRecord, StudyScore, read_record
+from deepen.records import AnyStudy, ContinualRecord, RateChoice, StudyRecord, StudyScore, read_record
+from deepen.report.continual import write_continual_report
 from deepen.report.study_figures import count_charts, curves_chart, plane
 from deepen.report.templates import render
 from deepen.report.wording import change, interval
@@ -25,8 +26,10 @@ def write_study_report(study: Path) -> Path:
         DataError: the record is missing or malformed.
         OutputError: the page cannot be written.
     """
-    record = read_record(study / "study.json", StudyRecord)
-    return write_page(study / "report.html", render_study(record))
+    file = study / "study.json"
+    if read_record(file, AnyStudy).kind == "continual":
+        return write_continual_report(study, read_record(file, ContinualRecord))
+    return write_page(study / "report.html", render_study(read_record(file, StudyRecord)))
 
 
 def render_study(record: StudyRecord) -> str:
