@@ -17,6 +17,7 @@ from deepen.errors import DeepenError
 
 # Command -> module, in the order of the help.
 COMMANDS: Final = {
+    "plan": "deepen.cli.plan",
     "expand": "deepen.cli.expand",
     "verify": "deepen.cli.verify",
     "blocks": "deepen.cli.blocks",
@@ -27,6 +28,7 @@ COMMANDS: Final = {
     "compare": "deepen.cli.compare",
     "report": "deepen.cli.report",
     "demo": "deepen.cli.demo",
+    "doctor": "deepen.cli.doctor",
 }
 
 

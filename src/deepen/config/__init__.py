@@ -1,6 +1,6 @@
 """The recipe: strict, frozen models read from YAML with `--set` on top."""
 
-from deepen.config.load import dump_recipe, load_recipe, parse_recipe
+from deepen.config.load import dump_recipe, load_recipe, make_section, parse_recipe
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
 from deepen.config.sft import ConversationSet, Format, SftSection
 from deepen.config.texts import DataSection, Place, Source, TextSet
@@ -23,5 +23,6 @@ __all__ = [
     "TrainSection",
     "dump_recipe",
     "load_recipe",
+    "make_section",
     "parse_recipe",
 ]

@@ -3,9 +3,9 @@ import difflib
 import inspect
 import reprlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,6 +19,8 @@ _WORDS = {
     "tuple_type": "input should be a list",
     "too_short": "should not be empty",
 }
+_S = TypeVar("_S", bound=BaseModel)
+
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 _SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict = 2, 3, 3
@@ -59,6 +61,19 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe"
     if faults:
         raise RecipeError("\n".join(dict.fromkeys(faults)))
     return recipe
+
+
+def make_section(kind: type[_S], values: Mapping[str, Any], where: str) -> _S:
+    """Make one section of a recipe from values that did not come from a file.
+
+    Raises:
+        RecipeError: its faults, each after `where`.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        faults = (f"{where}{_fault(fault)}" for fault in error.errors(include_url=False))
+        raise RecipeError("\n".join(faults)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

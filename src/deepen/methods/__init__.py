@@ -5,12 +5,12 @@ from deepen.methods.blocks import Blocks
 from deepen.methods.freeze import Freeze
 from deepen.methods.full import Full
 from deepen.methods.lora import Lora
-from deepen.methods.method import Method
+from deepen.methods.method import WIDE, Method
 from deepen.methods.moe import Moe
 from deepen.methods.prompt import Prompt
 from deepen.methods.scale import Scale
 
-__all__ = ["Blocks", "Freeze", "Full", "Lora", "Method", "Moe", "Prompt", "Scale", "build_method"]
+__all__ = ["WIDE", "Blocks", "Freeze", "Full", "Lora", "Method", "Moe", "Prompt", "Scale", "build_method"]
 
 
 def build_method(section: TrainSection) -> Method:

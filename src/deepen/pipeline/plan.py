@@ -111,7 +111,7 @@ def plan_run(recipe: Recipe) -> Outline:
         raise RecipeError("\n".join(faults))
     windows = windows_per_step(recipe)
     tokens = recipe.train.tokens
-    micro = recipe.train.micro_batch or max(1, _MICRO_TOKENS // recipe.data.sequence_length)
+    micro = recipe.train.micro_batch or default_micro_batch(recipe.data.sequence_length)
     return Outline(
         recipe=recipe,
         base=base,
@@ -141,6 +141,11 @@ def count_steps(outline: Outline, mixture: "Mixture") -> RunPlan:
 def windows_per_step(recipe: Recipe) -> int:
     """Return how many windows come nearest to `train.batch_tokens`."""
     return max(1, round(recipe.train.batch_tokens / recipe.data.sequence_length))
+
+
+def default_micro_batch(length: int) -> int:
+    """Return how many windows of so many tokens pass forward at once unless a recipe says otherwise."""
+    return max(1, _MICRO_TOKENS // length)
 
 
 def _tenth(steps: int) -> int:

@@ -108,14 +108,15 @@ def this_device(asked: str = "auto") -> Device:
     name = torch.cuda.get_device_name(place) if usable else f"CPU, {os.cpu_count()} cores"
     memory = available_memory(place)
     like = _likest(name, memory) if usable else device_table()["cpu"]
+    share = 1.0 if usable else (os.cpu_count() or 1) / 16  # the table's has 16 cores
     return Device(
         key=HERE,
         name=name,
         kind=place.type,
         memory=memory,
-        flops=like.flops if usable else like.flops * (os.cpu_count() or 1) / 16,
+        flops=like.flops * share,
         bandwidth=like.bandwidth,
-        watts=like.watts,
+        watts=like.watts * share,
         dollars=like.dollars if usable else None,
     )
 

@@ -21,15 +21,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from deepen.checkpoint import Checkpoint
 from deepen.errors import CheckpointError, DeepenError
 from deepen.expansion import Fingerprint
-from deepen.methods import build_method
+from deepen.methods import WIDE, build_method
 from deepen.model import DTYPES, insert_blocks
 from deepen.model.pack import model_class
 from deepen.model.structure import blocks_of, family_of
 from deepen.planner.job import Job
 
 _UNREAD: Final = Fingerprint(fast="0" * 64)
-# Methods whose whole base is held in fp32, as parts of it train.
-WIDE: Final = ("full", "freeze", "scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +128,11 @@ def file_dtype(source: Path, config: PretrainedConfig) -> torch.dtype:
     return torch.bfloat16
 
 
+def file_bytes(source: Path) -> int:
+    """Return the bytes of a parameter in a base's files."""
+    return file_dtype(source, model_class(source)[0]).itemsize
+
+
 def count_parameters_of(model: nn.Module) -> int:
     """Return the number of parameters of a model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -162,9 +165,7 @@ def embody(ghost: Ghost, bits: int | None) -> Ghost:
             held.update({name: fake(tensor) for name, tensor in named.items() if tensor is not None})
     named = dict(ghost.model.named_parameters())
     parameters = {name: named[name] for name in ghost.parameters}
-    return Ghost(
-        model=ghost.model, parameters=parameters, base=ghost.base, compute=ghost.compute, mode=mode
-    )
+    return Ghost(model=ghost.model, parameters=parameters, base=ghost.base, compute=ghost.compute, mode=mode)
 
 
 @contextmanager
@@ -178,7 +179,7 @@ def real_masks(job: Job) -> Iterator[None]:
 
 
 class _Packed(nn.Module):
-    """A frozen linear layer whose matrix lies packed, as bitsandbytes holds it, and is unpacked to be used."""
+    """A frozen linear layer whose matrix lies packed, as by bitsandbytes, and is unpacked to be used."""
 
     def __init__(self, linear: nn.Linear, bits: int, dtype: torch.dtype) -> None:
         super().__init__()

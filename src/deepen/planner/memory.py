@@ -81,7 +81,7 @@ def is_cut(step: Step, job: Job, device: Device) -> bool:
 
 
 def lies_whole(held: float, memory: float) -> bool:
-    """Return whether `parallel: auto` lays weights, gradients and optimiser of so many bytes on one device."""
+    """Return whether `parallel: auto` lays so many bytes of weights and optimiser whole on one device."""
     return held <= _DEVICE_SHARE * memory
 
 
