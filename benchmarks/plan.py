@@ -156,7 +156,7 @@ def other_estimators(job: Job) -> dict[str, int]:
     model = prepare_ghost(job, meta_base(job, "fp32"), "fp32").model
     whole, _ = calculate_maximum_sizes(model)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return {"accelerate": max(estimate_training_usage(whole, "no").values()), "deepspeed": 20 * count}
+    return {"accelerate": max(estimate_training_usage(whole, "float32").values()), "deepspeed": 20 * count}
 
 
 def plan_cases(scratch: Path) -> Iterator[dict[str, Any]]:
