@@ -116,7 +116,7 @@ def _used() -> dict[str, str]:
 
 def _kernels() -> dict[str, str]:
     cuda = torch.cuda.is_available()
-    fused = torch.backends.cuda.flash_sdp_enabled() if cuda else True
+    fused = torch.backends.cuda.flash_sdp_enabled() if cuda else True  # type: ignore[no-untyped-call]
     bf16 = torch.cuda.is_bf16_supported() if cuda else _cpu_bf16()
     return {
         "attention": f"sdpa, {'fused' if fused else 'not fused'}",

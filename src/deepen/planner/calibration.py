@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import nnls  # type: ignore[import-untyped]
 from transformers import LlamaConfig, PreTrainedModel
 
 from deepen.config import TrainSection
@@ -84,12 +84,12 @@ def calibrate(device: Device) -> Speed:
         except RuntimeError as error:
             raise TrainingError(f"the calibration failed: {str(error).splitlines()[0]}") from None
         works = [plan_work(job, precision) for job in jobs]
-    found, error = _fit(works, seconds)
+    found, apart = _fit(works, seconds)
     return Speed(
         device=device.name,
         threads=torch.get_num_threads(),
         precision=precision,
-        error=round(error, 3),
+        error=round(apart, 3),
         measured=datetime.now(UTC).date().isoformat(),
         **found,
     )

@@ -20,7 +20,7 @@ _GIB: Final = 2**30
 # NVIDIA's LoRA recipe on one H100 near the second (41-43%), the best full-precision runs near the third
 # (MosaicML's 46% and, with recomputed FLOPs counted, 54%).
 _SHARES: Final = (0.25, 0.40, 0.52)
-# A device of which nothing is known but its memory.
+# What a device of which nothing is known but its memory is taken for.
 _UNKNOWN: Final = "a100-40"
 
 
@@ -37,6 +37,7 @@ class Device:
         bandwidth: of its memory, bytes a second.
         watts: power when busy.
         dollars: rent for an hour, an assumption; None where it is not rented.
+        sheet: name of the device whose data these are.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Device:
     bandwidth: float
     watts: float
     dollars: float | None
+    sheet: str
 
     @property
     def attained(self) -> tuple[float, float, float]:
@@ -80,6 +82,7 @@ def _device(key: str, row: Mapping[str, Any]) -> Device:
         bandwidth=row["bandwidth"] * 1e9,
         watts=row["watts"],
         dollars=row["dollars"],
+        sheet=row["name"],
     )
 
 
@@ -118,6 +121,7 @@ def this_device(asked: str = "auto") -> Device:
         bandwidth=like.bandwidth,
         watts=like.watts * share,
         dollars=like.dollars if usable else None,
+        sheet=like.name,
     )
 
 
@@ -125,10 +129,5 @@ def _likest(name: str, memory: int) -> Device:
     """Return the row of the table that a device's own name speaks of, nearest in memory."""
     words = set(name.upper().replace("-", " ").split())
     table = device_table()
-    found = [
-        row
-        for key, row in table.items()
-        if key != "cpu" and (words & set(row.name.upper().split())) - {"NVIDIA", "AMD", "GB", "SXM", "RTX"}
-    ]
-    found = [row for row in found if not {"GEFORCE"} & words or words & {"4090", "3090"}]
+    found = [row for key, row in table.items() if _table()[key]["chip"] in words]
     return min(found, key=lambda row: abs(row.memory - memory), default=table[_UNKNOWN])

@@ -15,7 +15,7 @@ from deepen.planner.estimate import (
 )
 from deepen.planner.job import Job
 from deepen.planner.levers import Lever, list_levers
-from deepen.planner.memory import is_cut
+from deepen.planner.memory import Memory, is_cut
 from deepen.planner.paper import paper_run
 from deepen.planner.speed import Speed
 
@@ -55,7 +55,7 @@ def plan_facts(
         "cost": {**asdict(cost_of(found, device, speed, dollars)), "tokens": job.tokens},
         "basis": _basis(device, speed, dollars, price),
         "levers": [_lever_facts(lever) for lever in list_levers(found, device)],
-        "devices": [_row(other, *rest) for other, *rest in on_others(found, device)],
+        "devices": [_row(*row) for row in on_others(found, device)],
         "paper": asdict(paper_run(device, dollars)),
     }
 
@@ -83,7 +83,7 @@ def _job_facts(found: Measured, device: Device) -> dict[str, Any]:
 def _basis(device: Device, speed: Speed | None, dollars: float | None, price: float | None) -> dict[str, Any]:
     """Say what time and money rest on."""
     return {
-        "time": f"calibration of {speed.measured}" if speed else "data sheet",
+        "time": f"calibration of {speed.measured}" if speed else f"data sheet of {device.sheet}",
         "calibration_error": speed.error if speed else None,
         "calibrate": device.key == HERE and speed is None,
         "watts": device.watts,
@@ -103,7 +103,7 @@ def _lever_facts(lever: Lever) -> dict[str, Any]:
     }
 
 
-def _row(device: Device, memory: Any, cost: Cost) -> dict[str, Any]:
+def _row(device: Device, memory: Memory, cost: Cost) -> dict[str, Any]:
     return {
         "device": device.name,
         "key": device.key,

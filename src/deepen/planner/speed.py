@@ -46,7 +46,7 @@ class Speed:
 
     def seconds(self, work: Work) -> float:
         """Return the seconds of some work."""
-        return sum(getattr(self, name) * value for name, value in vars(work).items())
+        return float(sum(getattr(self, name) * value for name, value in vars(work).items()))
 
 
 @dataclass(frozen=True, kw_only=True)

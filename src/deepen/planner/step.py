@@ -136,7 +136,7 @@ def _pass(ghost: Ghost, job: Job, micro_batch: int, watch: "_Watch") -> None:
         tokens = torch.zeros(micro_batch, job.length + 1, dtype=torch.long)
         with _computing(ghost):
             nll = summed_loss(ghost.model, tokens[:, :-1], tokens[:, 1:])
-        (nll / tokens.numel()).backward()
+        (nll / tokens.numel()).backward()  # type: ignore[no-untyped-call]
 
 
 def _computing(ghost: Ghost) -> Any:
@@ -160,7 +160,7 @@ def _largest_update(ghost: Ghost) -> int:
     return max(sizes, default=0)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps count of the bytes that are alive, and of what is done.
 
     Attributes:
@@ -170,7 +170,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._held: dict[int, tuple[int, object]] = {}
         self._products = self._attention = self._traffic = 0.0
@@ -232,4 +232,4 @@ def _attention(name: str, args: Any) -> float:
     backward = "backward" in name
     query, key, value = args[1:4] if backward else args[:3]
     pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] / 2
-    return (2.5 if backward else 1.0) * 2 * pairs * (query.shape[3] + value.shape[3])
+    return float((5.0 if backward else 2.0) * pairs * (query.shape[3] + value.shape[3]))
