@@ -37,6 +37,11 @@ _SHAPES: Final = {
         (256, 688, 4, 2048, 4, 256),
         (512, 1376, 2, 512, 2, 128),
         (512, 1376, 3, 2048, 2, 512),
+        (128, 344, 4, 1024, 2, 384),
+        (192, 512, 4, 1024, 4, 192),
+        (256, 688, 6, 512, 2, 384),
+        (64, 172, 6, 256, 4, 256),
+        (384, 1024, 3, 4096, 2, 256),
     ),
     "cuda": (
         (1024, 2752, 4, 8192, 1, 512),
@@ -47,8 +52,8 @@ _SHAPES: Final = {
         (4096, 11008, 3, 32000, 2, 4096),
     ),
 }
-_STEPS: Final = 5
-_WARM: Final = 2
+_STEPS: Final = 4
+_WARM: Final = 1
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def _fit(works: Sequence[Work], seconds: Sequence[float]) -> tuple[dict[str, flo
     names = list(vars(works[0]))
     rows = np.array([[getattr(work, name) for name in names] for work in works])
     relative = rows / np.array(seconds)[:, None]
-    scale = relative.max(axis=0)
+    scale = np.maximum(relative.max(axis=0), 1e-300)  # of what none of them does, the speed is 0
     found, _ = nnls(relative / scale, np.ones(len(works)))
     found = found / scale
     errors = np.abs(rows @ found / np.array(seconds) - 1)

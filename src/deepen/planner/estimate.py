@@ -1,5 +1,6 @@
 """The whole estimate of a job: what it takes, how long, what it costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -87,6 +88,7 @@ class Measured:
         parameters: counted on the model itself.
         step: on one device alone.
         other: the same with another micro-batch.
+        turned: the same with every block computed again; with none where every block is already.
         cost: FLOPs with nothing computed again.
         full: FLOPs a token of training the whole base.
         blocks: what each block stores.
@@ -101,6 +103,7 @@ class Measured:
     parameters: Parameters
     step: Step
     other: tuple[int, Step]
+    turned: Step
     cost: TokenCost
     full: float
     blocks: tuple[BlockMemory, ...]
@@ -138,11 +141,13 @@ def measure(job: Job, device: Device) -> Measured:
     ghost = embody(ghost, _BITS.get(job.train.quantise))
     stored, again = _choose(ghost, job, device)
     second = 2 if job.micro_batch == 1 else 1
+    step, other = (run_step(ghost, job, micro) for micro in (job.micro_batch, second))
     return Measured(
         job=job,
         parameters=counted,
-        step=run_step(ghost, job, job.micro_batch),
-        other=(second, run_step(ghost, job, second)),
+        step=step,
+        other=(second, other),
+        turned=_turned(ghost, job, stored, again),
         cost=cost,
         full=full,
         blocks=tuple(stored),
@@ -235,6 +240,17 @@ def _choose(ghost: Ghost, job: Job, device: Device) -> tuple[list[BlockMemory], 
     again = choose_blocks(stored, job.train.recompute, _budget(ghost, device))
     recompute([ghost.blocks[index] for index in again])
     return stored, again
+
+
+def _turned(ghost: Ghost, job: Job, stored: Sequence[BlockMemory], again: Sequence[int]) -> Step:
+    """Run the step with every block computed again, or with none where every block is."""
+    every = choose_blocks(stored, "full", 0)
+    for block in ghost.blocks:
+        if hasattr(block, "gradient_checkpointing"):
+            setattr(block, "gradient_checkpointing", False)  # noqa: B010 - nn.Module declares no such attribute
+    if tuple(again) != every:
+        recompute([ghost.blocks[index] for index in every])
+    return run_step(ghost, job, job.micro_batch)
 
 
 def _budget(ghost: Ghost, device: Device) -> int:

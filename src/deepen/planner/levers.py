@@ -143,23 +143,17 @@ def _stored_now(found: Measured) -> int:
 
 def _checkpointing(found: Measured, device: Device) -> Iterator[Lever]:
     storing = tuple(index for index, block in enumerate(found.blocks) if block.saved)
-    plain = found.cost.total
-    repeated = sum(found.cost.blocks[index].again for index in storing)
-    choices = []
-    if found.again != storing:
-        choices.append(("all blocks computed again", "full", plain + repeated))
-    if found.again:
-        choices.append(("no block computed again", "none", plain))
-    for name, setting, flops in choices:
-        stored = _stored([(b.saved, b.kept) for b in found.blocks], setting == "full")
-        peak = max(found.step.peak + stored - _stored_now(found), found.step.peak - found.step.activations)
-        yield Lever(
-            name=name,
-            setting=f"--checkpointing {setting}",
-            memory=_memory(found, device, replace(found.step, peak=peak)),
-            time=flops / found.flops.total,
-            note="same result",
-        )
+    if not storing:
+        return
+    every = found.again == storing
+    repeated = 0.0 if every else sum(found.cost.blocks[index].again for index in storing)
+    yield Lever(
+        name="no block computed again" if every else "all blocks computed again",
+        setting=f"--checkpointing {'none' if every else 'full'}",
+        memory=_memory(found, device, found.turned),
+        time=(found.cost.total + repeated) / found.flops.total,
+        note="same result",
+    )
 
 
 def _packing(found: Measured, device: Device) -> Iterator[Lever]:

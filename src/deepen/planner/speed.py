@@ -28,7 +28,8 @@ class Speed:
         precision: `bf16` or `fp32`.
         products: seconds a FLOP of matrix products.
         attention: seconds a FLOP of fused attention.
-        traffic: seconds a byte.
+        traffic: seconds a byte of small tensors.
+        streamed: seconds a byte of large ones.
         calls: seconds an operation.
         error: median relative error on the steps it was found from.
         measured: UTC date, ISO 8601.
@@ -40,6 +41,7 @@ class Speed:
     products: float
     attention: float
     traffic: float
+    streamed: float
     calls: float
     error: float
     measured: str

@@ -20,6 +20,7 @@ from deepen.training.recompute import BlockMemory, measure_blocks
 # Bytes read and written for each parameter that trains, in fp32: gradient norms, clipping, the optimiser's
 # update of weight and moments, and the block's own report of how far it moved.
 _UPDATE_TRAFFIC: Final = 72
+_CACHED: Final = 4 * 2**20
 _SMALL: Final = 4096
 _EIGHT_BIT_GROUP: Final = 256
 
@@ -31,13 +32,15 @@ class Work:
     Attributes:
         products: FLOPs of matrix products.
         attention: FLOPs of fused attention.
-        traffic: bytes read and written by everything else.
+        traffic: bytes read and written by everything else, of tensors below 4 MiB.
+        streamed: the same of larger tensors, which no cache holds.
         calls: operations started.
     """
 
     products: float = 0.0
     attention: float = 0.0
     traffic: float = 0.0
+    streamed: float = 0.0
     calls: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
@@ -173,14 +176,18 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._held: dict[int, tuple[int, object]] = {}
-        self._products = self._attention = self._traffic = 0.0
+        self._products = self._attention = self._traffic = self._streamed = 0.0
         self._calls = 0
 
     @property
     def work(self) -> Work:
         """All that was done."""
         return Work(
-            products=self._products, attention=self._attention, traffic=self._traffic, calls=self._calls
+            products=self._products,
+            attention=self._attention,
+            traffic=self._traffic,
+            streamed=self._streamed,
+            calls=self._calls,
         )
 
     def __torch_dispatch__(
@@ -220,7 +227,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._products += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         else:
             given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-            self._traffic += sum(tensor.numel() * tensor.element_size() for tensor in [*given, *made])
+            for size in (tensor.numel() * tensor.element_size() for tensor in (*given, *made)):
+                self._traffic += size if size < _CACHED else 0
+                self._streamed += size if size >= _CACHED else 0
 
 
 def _schema(func: Any) -> Any:
