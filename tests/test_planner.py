@@ -209,10 +209,12 @@ def test_auto_computes_again_what_the_device_asks_for(config):
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(config):
-    device = replace(find_device("cpu"), memory=60_000_000 + 100_000_000)  # the runtime's own 0.1 GB
-    found = measure(job_of(config, INTERLEAVED, windows=64, micro=1), device)
+    found = measure(job_of(config, INTERLEAVED, windows=64, micro=1), find_device("cpu"))
+    each = found.other[1].peak - found.step.peak
+    room = int(1.02 * (found.step.peak + 9.5 * each) + 1e8)  # the allocator's waste, and the runtime's own
+    device = replace(find_device("cpu"), memory=room)
     largest = largest_micro_batch(found, device)
-    assert 1 < largest < 64
+    assert largest == 10
 
     def needed(micro):
         return memory_of(
@@ -220,7 +222,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(config):
         ).expected
 
     assert needed(largest) <= device.memory
-    assert needed(ceil(1.1 * largest) + 1) > device.memory
+    assert needed(largest + 1) > device.memory
 
 
 def test_time_energy_and_money_are_their_products(config):
@@ -345,7 +347,7 @@ def test_the_command(config, capsys):
     said = capsys.readouterr().out
     assert "2,830 GPU hours" in said
     assert "what would change that" in said
-    assert "--placement suffix" in said.replace("\n", " ")
+    assert "8-bit Adam" in said
 
 
 WRONG = {
