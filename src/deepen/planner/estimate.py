@@ -1,7 +1,7 @@
 """The whole estimate of a job: what it takes, how long, what it costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from transformers import PreTrainedModel
@@ -186,11 +186,11 @@ def largest_micro_batch(found: Measured, device: Device) -> int:
     few, other = found.job.micro_batch, found.other
     first, second = sorted([(few, found.step.peak), (other[0], other[1].peak)])
     each = (second[1] - first[1]) / (second[0] - first[0])
-    beside = memory_of(found, device)
-    room = device.memory - beside.expected
     if each <= 0:
         return found.job.windows
-    fitting = few + int(room // (each * beside.expected / beside.total))
+    beside = memory_of(found, device).expected
+    more = memory_of(replace(found, step=replace(found.step, peak=round(found.step.peak + each))), device)
+    fitting = few + int((device.memory - beside) // (more.expected - beside))
     return max(0, min(fitting, -(-found.job.windows // found.job.devices)))
 
 
