@@ -83,6 +83,8 @@ def check_fits(outline: Outline) -> None:
     """
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     device = this_device(outline.recipe.train.device)
+    if _most_bytes(outline) <= device.memory:
+        return  # a small model: nothing has to be run to know
     try:
         memory = least_memory(job_of_run(outline, devices), device)
     except DeepenError:
@@ -95,6 +97,17 @@ def check_fits(outline: Outline) -> None:
             f"which has {_gigabytes(memory.device)}\n"
             "`deepen plan RECIPE` shows what would change that; --force starts all the same"
         )
+
+
+def _most_bytes(outline: Outline) -> int:
+    """Return a loose upper bound of the bytes of a step, from the shapes in the files alone.
+
+    Weights, gradients and moments; and of each matrix its inputs and outputs of all tokens, ten times in fp32,
+    new blocks being no more than the base's.
+    """
+    counts, length = outline.parameters, outline.recipe.data.sequence_length
+    sides = sum(sum(tensor.shape) for tensor in outline.base.checkpoint.tensors.values())
+    return 16 * (counts.base + counts.new) + 2 * 40 * outline.micro_batch * length * sides
 
 
 def choose_device(outline: Outline) -> Device:
