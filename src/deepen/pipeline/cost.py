@@ -102,7 +102,7 @@ def check_fits(outline: Outline) -> None:
 def _most_bytes(outline: Outline) -> int:
     """Return a loose upper bound of the bytes of a step, from the shapes in the files alone.
 
-    Weights, gradients and moments; and of each matrix its inputs and outputs of all tokens, ten times in fp32,
+    Weights, gradients and moments; and of each matrix inputs and outputs of all tokens, ten times in fp32,
     new blocks being no more than the base's.
     """
     counts, length = outline.parameters, outline.recipe.data.sequence_length
