@@ -12,8 +12,8 @@ from deepen.planner.devices import HERE, Device
 from deepen.planner.job import Job
 from deepen.planner.step import Step, Work
 
-# How far a calibrated estimate is from what is measured, at most in most cases (docs/plan.md).
-_CALIBRATED: Final = 0.15
+# How far a calibrated estimate is from what was measured, in the median (docs/plan.md).
+_CALIBRATED: Final = 0.25
 # Efficiency of each device where several share a step: slow, expected, fast.
 _SHARING: Final = (0.80, 0.92, 1.0)
 
