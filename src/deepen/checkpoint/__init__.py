@@ -23,7 +23,7 @@ from deepen.checkpoint.header import (
     read_shard,
     write_header,
 )
-from deepen.checkpoint.hub import is_repository, push_files, resolve_base
+from deepen.checkpoint.hub import is_repository, push_files, resolve_base, resolve_config
 from deepen.checkpoint.store import CONFIG, INDEX, SINGLE, Checkpoint, contained, read_config
 from deepen.checkpoint.values import decode, max_abs_difference, not_finite
 
@@ -55,6 +55,7 @@ __all__ = [
     "read_json",
     "read_shard",
     "resolve_base",
+    "resolve_config",
     "tensor_digest",
     "tensor_reader",
     "workers",

@@ -35,10 +35,25 @@ def resolve_base(base: str | Path) -> Path:
     return _download(base)
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def resolve_config(base: str | Path) -> Path:
+    """Return where the config of a base is: its directory, a `config.json`, or the hub's, downloaded alone.
+
+    Raises:
+        CheckpointError: it is none of these, or the hub does not give it.
+    """
+    if str(base).endswith(".json") and os.path.isfile(base):
+        return Path(base)
+    if os.path.isdir(base) or not isinstance(base, str) or not _HUB_ID.fullmatch(base):
+        return resolve_base(base)
+    return _download(base, config_only=True)
+
+
+def _download(name: str, *, config_only: bool = False) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
+        if config_only:
+            return Path(hf_hub_download(name, "config.json"))
         return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client lets through whatever its network stack raises
         reason = " ".join(str(error).split())

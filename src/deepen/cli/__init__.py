@@ -17,6 +17,7 @@ from deepen.errors import DeepenError
 
 # Command -> module, in the order of the help.
 COMMANDS: Final = {
+    "plan": "deepen.cli.plan",
     "expand": "deepen.cli.expand",
     "verify": "deepen.cli.verify",
     "blocks": "deepen.cli.blocks",
@@ -32,6 +33,7 @@ COMMANDS: Final = {
     "report": "deepen.cli.report",
     "export": "deepen.cli.export",
     "demo": "deepen.cli.demo",
+    "doctor": "deepen.cli.doctor",
 }
 
 

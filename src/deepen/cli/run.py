@@ -27,6 +27,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even what cannot fit the memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Expand, train, evaluate and report, as a recipe says."""
@@ -48,11 +49,21 @@ def run(
         return
     result = check_run(asked, resume=resume, overwrite=overwrite)
     if result is None:
-        plan_run(asked)
+        plan = plan_run(asked)
+        if not (force or resume):
+            _check_fits(plan)
     # A process that is not alone tells the others that there is nothing to do.
     alone = not launched()
     result = _finished(asked, result) if result and alone else _run(asked, resume, overwrite)
     _report(Path(asked.output), result, as_json)
+
+
+def _check_fits(plan: "Outline") -> None:
+    from deepen.cli.display import quiet_transformers
+    from deepen.pipeline.cost import check_fits
+
+    quiet_transformers()
+    check_fits(plan)
 
 
 def _finished(recipe: "Recipe", result: "RunResult") -> "RunResult":

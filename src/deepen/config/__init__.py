@@ -2,7 +2,14 @@
 
 from deepen.config.continual import AnswerMetric, ContinualRecipe, Scoring, SequenceMethod, SequenceTask
 from deepen.config.drift import PRESETS, AnchorSection
-from deepen.config.load import build_recipe, dump_recipe, load_document, load_recipe, parse_recipe
+from deepen.config.load import (
+    build_recipe,
+    dump_recipe,
+    load_document,
+    load_recipe,
+    make_section,
+    parse_recipe,
+)
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
 from deepen.config.sft import ConversationSet, Format, SftSection
 from deepen.config.study import AblationRecipe, BaselinesRecipe, DomainSection, MethodSection, StudyRecipe
@@ -41,5 +48,6 @@ __all__ = [
     "dump_recipe",
     "load_document",
     "load_recipe",
+    "make_section",
     "parse_recipe",
 ]

@@ -88,6 +88,19 @@ def _validate(raw: Mapping[str, Any], kind: type[_S], faults: list[str], where: 
     return document
 
 
+def make_section(kind: type[_S], values: Mapping[str, Any], where: str) -> _S:
+    """Make one section of a recipe from values that did not come from a file.
+
+    Raises:
+        RecipeError: its faults, each after `where`.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        faults = (f"{where}{_fault(fault, kind)}" for fault in error.errors(include_url=False))
+        raise RecipeError("\n".join(faults)) from None
+
+
 def dump_recipe(recipe: Section) -> str:
     """Return the resolved, complete recipe as YAML that reads back to an equal one."""
     return write_yaml(recipe.model_dump(mode="json"))

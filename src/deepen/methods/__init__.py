@@ -5,13 +5,25 @@ from deepen.methods.blocks import Blocks
 from deepen.methods.freeze import Freeze
 from deepen.methods.full import Full
 from deepen.methods.lora import Lora
-from deepen.methods.method import Method
+from deepen.methods.method import WIDE, Method
 from deepen.methods.moe import Moe
 from deepen.methods.prompt import Prompt
 from deepen.methods.rows import Rows
 from deepen.methods.scale import Scale
 
-__all__ = ["Blocks", "Freeze", "Full", "Lora", "Method", "Moe", "Prompt", "Rows", "Scale", "build_method"]
+__all__ = [
+    "WIDE",
+    "Blocks",
+    "Freeze",
+    "Full",
+    "Lora",
+    "Method",
+    "Moe",
+    "Prompt",
+    "Rows",
+    "Scale",
+    "build_method",
+]
 
 
 def build_method(section: TrainSection) -> Method:

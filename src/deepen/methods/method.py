@@ -1,6 +1,6 @@
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import nn
@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 from deepen.checkpoint import Checkpoint, atomic_directory
 from deepen.expansion import Progress
 from deepen.model import save_tensors
+
+# Methods whose whole base is held in fp32, as parts of it train.
+WIDE: Final = ("full", "freeze", "scale")
 
 
 class Method(Protocol):

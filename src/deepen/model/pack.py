@@ -96,9 +96,13 @@ def load(
     return model.to(device).eval()
 
 
-def model_class(checkpoint: Checkpoint) -> tuple[PretrainedConfig, Any]:
-    """Return a checkpoint's config as transformers reads it, and the auto class that makes its model."""
-    config = AutoConfig.from_pretrained(checkpoint.directory, **_SAFE)
+def model_class(where: Path) -> tuple[PretrainedConfig, Any]:
+    """Return a config as transformers reads it, and the auto class that makes its model.
+
+    Args:
+        where: a checkpoint's directory, or its `config.json` alone.
+    """
+    config = AutoConfig.from_pretrained(where, **_SAFE)
     causal = type(config) in AutoModelForCausalLM._model_mapping
     return config, AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
@@ -116,7 +120,7 @@ def pretrained(checkpoint: Checkpoint, dtype: torch.dtype | None, **options: Any
     """
     where = checkpoint.directory
     try:
-        _, auto = model_class(checkpoint)
+        _, auto = model_class(where)
         model, found = auto.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True, **_SAFE, **options
         )

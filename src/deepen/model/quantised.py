@@ -83,7 +83,7 @@ def _check_unpacked(checkpoint: Checkpoint) -> None:
 
 
 def _config(checkpoint: Checkpoint, quantisation: Quantisation, compute: torch.dtype) -> BitsAndBytesConfig:
-    config, auto = model_class(checkpoint)
+    config, auto = model_class(checkpoint.directory)
     with torch.device("meta"):
         layers = family_of(auto.from_config(config)).layers
     # transformers reads these as patterns for names that are left as they are: whatever is no block's.

@@ -1,19 +1,14 @@
 """Where a run computes: the device of each process, and how the model lies over all of them."""
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 
 from deepen.errors import TrainingError
 from deepen.pipeline.plan import RunPlan
+from deepen.planner.memory import TRAINED_BYTES, lies_whole
 from deepen.training.parallel import Parallel
 from deepen.training.world import World
-
-# What a trained parameter takes: its fp32 weight, its gradient and AdamW's two moments.
-_TRAINED_BYTES: Final = 16
-# How much of a device `parallel: auto` gives to them; the rest is for activations.
-_DEVICE_SHARE: Final = 0.6
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,9 @@ def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
     trainable = counts.trainable or 0  # adapters are small
     frozen = counts.base + counts.new - trainable
     width = 4 if compute_precision(plan, device) == "fp32" else 2
-    needed = frozen * width + trainable * _TRAINED_BYTES
-    room = torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE
-    return "ddp" if needed <= room else "fsdp"
+    needed = frozen * width + trainable * TRAINED_BYTES
+    room = torch.cuda.get_device_properties(device).total_memory
+    return "ddp" if lies_whole(needed, room) else "fsdp"
 
 
 def _device(name: str, world: World) -> torch.device:

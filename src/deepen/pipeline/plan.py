@@ -149,7 +149,7 @@ def plan_run(recipe: Recipe) -> Outline:
         raise RecipeError("\n".join(faults))
     stage = _stage(recipe, base)
     train, windows = stage.train, max(1, round(stage.train.batch_tokens / stage.length))
-    micro = train.micro_batch or max(1, _MICRO_TOKENS // stage.length)
+    micro = train.micro_batch or default_micro_batch(stage.length)
     return Outline(
         **vars(stage),
         recipe=recipe,
@@ -239,6 +239,11 @@ def windows_per_step(recipe: Recipe) -> int:
     """Return how many windows come nearest to `train.batch_tokens`."""
     data, train = recipe.training()
     return max(1, round(train.batch_tokens / data.sequence_length))
+
+
+def default_micro_batch(length: int) -> int:
+    """Return how many windows of so many tokens pass forward at once unless a recipe says otherwise."""
+    return max(1, _MICRO_TOKENS // length)
 
 
 def _tenth(steps: int) -> int:

@@ -11,7 +11,7 @@ from deepen.checkpoint import Checkpoint, full_fingerprint
 from deepen.data.document_masks import check_document_masks
 from deepen.errors import CheckFailed
 from deepen.expansion import Fingerprint
-from deepen.methods import Method, build_method
+from deepen.methods import WIDE, Method, build_method
 from deepen.model import (
     base_fingerprint,
     base_names,
@@ -70,7 +70,7 @@ def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype
         TrainingError: it is to be quantised, and bitsandbytes is not installed.
     """
     precision = compute_precision(plan, place.device)
-    wide = precision == "fp32" or plan.train.method in ("full", "freeze", "scale")
+    wide = precision == "fp32" or plan.train.method in WIDE
     where = torch.device("cpu") if place.parallel == "fsdp" else place.device
     directory, dtype = plan.base.checkpoint.directory, torch.float32 if wide else None
     if (quantisation := plan.train.quantise) != "none":

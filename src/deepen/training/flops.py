@@ -37,21 +37,45 @@ _PRODUCTS: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockCost:
+    """FLOPs of one block for each token, once each.
+
+    Attributes:
+        forward: products with its matrices.
+        attention: causal attention, forward.
+        again: computing it again in the backward pass.
+    """
+
+    forward: float
+    attention: float
+    again: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenCost:
     """FLOPs of a step for each of its tokens.
 
     Attributes:
         below: forward passes through the blocks below the first that trains.
         rest: all others.
+        blocks: what single passes through each block cost.
+        outside: products between and behind the blocks, forward.
     """
 
     below: float
     rest: float
+    blocks: tuple[BlockCost, ...] = ()
+    outside: float = 0.0
 
     @property
     def total(self) -> float:
         """All of them."""
         return self.below + self.rest
+
+    @property
+    def forward(self) -> float:
+        """Those of one forward pass through everything."""
+        return sum(block.forward + block.attention for block in self.blocks) + self.outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,22 +207,28 @@ def count_flops(
         length: tokens of a window.
     """
     short, long = (_probe(root, model, blocks, tokens) for tokens in (_SHORT, _LONG))
-
-    def per_token(few: float, many: float) -> float:
-        return (many - few) / (_LONG - _SHORT)
-
     below = rest = 0.0
+    costs = []
     for index, block in enumerate(blocks):
         attention = attention_flops(model, index, length)
-        linear = per_token(_cost(short.products[index]), _cost(long.products[index]))
+        linear = _per_token(_cost(short.products[index]), _cost(long.products[index]))
+        forward = _per_token(_forward(short.products[index]), _forward(long.products[index]))
+        again = _per_token(short.again[index], long.again[index]) + attention
+        costs.append(BlockCost(forward=forward, attention=attention, again=again))
         if not long.differentiated[index]:
             below += linear + attention
             continue
         rest += linear + 3.5 * attention
         if getattr(block, "gradient_checkpointing", False):
-            rest += per_token(short.again[index], long.again[index]) + attention
-    rest += per_token(_cost(short.outside), _cost(long.outside))
-    return TokenCost(below=below, rest=rest + _head(model, long.differentiated[-1]))
+            rest += again
+    head = _head(model, long.differentiated[-1])
+    rest += _per_token(_cost(short.outside), _cost(long.outside)) + _cost(head)
+    outside = _per_token(_forward(short.outside), _forward(long.outside)) + _forward(head)
+    return TokenCost(below=below, rest=rest, blocks=tuple(costs), outside=outside)
+
+
+def _per_token(few: float, many: float) -> float:
+    return (many - few) / (_LONG - _SHORT)
 
 
 def attention_flops(model: PreTrainedModel, index: int, length: int) -> float:
@@ -256,11 +286,15 @@ def _cost(products: Iterable[_Product]) -> float:
     return sum(product.forward + product.gradients for product in products)
 
 
-def _head(model: PreTrainedModel, differentiated: bool) -> float:
-    """Return the FLOPs for each token of what lies behind the base model."""
+def _forward(products: Iterable[_Product]) -> float:
+    return sum(product.forward for product in products)
+
+
+def _head(model: PreTrainedModel, differentiated: bool) -> list[_Product]:
+    """Return the products for each token of what lies behind the base model."""
     inside = {id(module) for module in model.base_model.modules()}
     outer = [module for module in model.modules() if id(module) not in inside]
-    return _cost(product for module in outer for product in _products(module, 1, differentiated, 1))
+    return [product for module in outer for product in _products(module, 1, differentiated, 1)]
 
 
 @cache

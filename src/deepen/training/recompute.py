@@ -24,7 +24,7 @@ Recompute = Literal["none", "auto", "full"]
 _MEMINFO: Final = Path("/proc/meminfo")
 _NOTHING: Final = torch.empty(0)
 # Left free by `auto`: what allocators waste, and what is no activation.
-_MARGIN: Final = 0.15
+MARGIN: Final = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ def measure_blocks(blocks: Sequence[nn.Module], forward: Callable[[], object]) -
         blocks: the model's blocks.
         forward: runs the model on a batch of the size in question, with gradients.
     """
+    # By the storage itself, not its address: one without values (`deepen.planner`) has none.
     weights: set[int] = set()
     held: dict[int, torch.UntypedStorage] = {}  # of the block being run: a freed address is used again
     saved: list[int] = []
@@ -56,8 +57,8 @@ def measure_blocks(blocks: Sequence[nn.Module], forward: Callable[[], object]) -
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if saved and storage.data_ptr() not in weights | held.keys():
-            held[storage.data_ptr()] = storage
+        if saved and storage._cdata not in weights | held.keys():
+            held[storage._cdata] = storage
             saved[-1] += storage.nbytes()
         return _NOTHING  # the tensor itself is let go
 
@@ -65,7 +66,7 @@ def measure_blocks(blocks: Sequence[nn.Module], forward: Callable[[], object]) -
         held.clear()
         # Now, as weights that are sharded lie whole in memory only while their block runs.
         weights.clear()
-        weights.update(p.untyped_storage().data_ptr() for p in block.parameters())
+        weights.update(p.untyped_storage()._cdata for p in block.parameters())
         states = args[0] if args else kwargs["hidden_states"]
         inputs.append(states.numel() * states.element_size())
         saved.append(0)
@@ -126,15 +127,20 @@ def recompute(blocks: Sequence[nn.Module]) -> None:
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that activations can still take on a device, less a margin."""
+    return int(available_memory(device) * (1 - MARGIN))
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that this process can still take on a device."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free: int = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     elif _MEMINFO.exists():
         line = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
         free = int(line.split()[1]) * 1024
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return int(free * (1 - _MARGIN))
+    return free
 
 
 def _trains(block: nn.Module) -> bool:

@@ -1,0 +1,48 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepen.config import TrainSection
+from deepen.expansion import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained, as far as its cost depends on it.
+
+    Attributes:
+        source: the base's directory, or its `config.json` alone.
+        layout: where new blocks go; None for methods that add none.
+        train: method, precision, optimiser and what else a recipe says.
+        length: tokens of a window.
+        windows: windows in one optimiser step.
+        micro_batch: windows in one forward pass.
+        document_masks: whether documents within a window are parted.
+        tokens: to train on in all; None where it is not known.
+        devices: how many share each step.
+    """
+
+    source: Path
+    layout: Layout | None
+    train: TrainSection
+    length: int
+    windows: int
+    micro_batch: int
+    document_masks: bool = False
+    tokens: int | None = None
+    devices: int = 1
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of each device in one optimiser step."""
+        share = -(-self.windows // self.devices)
+        return -(-share // self.micro_batch)
+
+    @property
+    def optimiser_steps(self) -> int | None:
+        """Steps of the whole run, where its tokens are known."""
+        return self.tokens and -(-self.tokens // (self.windows * self.length))
+
+    def precision(self, kind: str) -> str:
+        """Return `bf16` or `fp32`, as it is computed on a kind of device."""
+        asked = self.train.precision
+        return asked if asked != "auto" else "fp32" if kind == "cpu" else "bf16"
