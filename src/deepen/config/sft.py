@@ -33,7 +33,7 @@ class SftSection(LoopSection):
     """The conversations."""
 
     template: str | None = None
-    """Chat template: `alpaca`, `chatml`, `gemma`, `llama2`, `llama3`, `mistral`, `phi3`, `zephyr` or a .jinja
+    """Chat template: `alpaca`, `chatml`, `gemma`, `llama2`, `llama3`, `mistral`, `phi3`, `plain`, `zephyr` or a .jinja
     file; default: the tokenizer's own."""
 
     sequence_length: Count | None = None
