@@ -33,8 +33,8 @@ class SftSection(LoopSection):
     """The conversations."""
 
     template: str | None = None
-    """Chat template: `alpaca`, `chatml`, `gemma`, `llama2`, `llama3`, `mistral`, `phi3`, `plain`, `zephyr` or a
-    .jinja file; default: the tokenizer's own."""
+    """Chat template: `alpaca`, `chatml`, `gemma`, `llama2`, `llama3`, `mistral`, `phi3`, `plain`, `zephyr`
+    or a .jinja file; default: the tokenizer's own."""
 
     sequence_length: Count | None = None
     """Tokens in one window. Conversations are packed whole, none sees another, and longer ones are cut at
