@@ -46,6 +46,7 @@ from deepen.expansion.plan import (
     aligned,
     count_parameters,
     expanded_tensors,
+    held_tensor,
     open_base,
     plan_files,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "expanded_tensors",
     "file_digest",
     "file_header",
+    "held_tensor",
     "held_tensors",
     "least_important",
     "moved_block",

@@ -23,11 +23,13 @@ from deepen.records.results import (
 )
 from deepen.records.study import CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
+from deepen.records.worth import BlockWorth, PathPoint, WorthRecord
 
 __all__ = [
     "AuditResult",
     "BlockImportance",
     "BlockPoint",
+    "BlockWorth",
     "Cell",
     "CellRecord",
     "Column",
@@ -41,6 +43,7 @@ __all__ = [
     "Items",
     "Metric",
     "Parameters",
+    "PathPoint",
     "Provenance",
     "QuantisationResult",
     "QuantisedLoss",
@@ -59,6 +62,7 @@ __all__ = [
     "TextResult",
     "TokenShift",
     "TrainingPoint",
+    "WorthRecord",
     "capture_provenance",
     "read_metrics",
     "read_record",
