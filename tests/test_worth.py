@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -18,13 +19,15 @@ import deepen
 from deepen.blocks import damp_pack, inspect_blocks, merge_pack, open_pack, prune_pack
 from deepen.blocks.scaling import damped_bytes
 from deepen.cli import main
+from deepen.config import TextSet
 from deepen.data.evaluation_text import EvaluationText
 from deepen.demo.demo import BASE
 from deepen.errors import PackError
 from deepen.evaluation.importance import contributions
 from deepen.evaluation.worth import choose_alpha, compare_pool, pool_texts
-from deepen.expansion import expand_checkpoint, plan_layout, read_expansion
+from deepen.expansion import plan_layout, read_expansion
 from deepen.model import damped, insert_blocks, load, save_blocks
+from deepen.pipeline.losses import load_text_sets
 from deepen.pipeline.worth import WorthRequest, measure_worth
 from deepen.records import Metric, PathPoint, WorthRecord, read_record
 from deepen.report import render_worth
@@ -273,15 +276,16 @@ def test_texts_of_a_role_are_one_task():
     assert (metric.role, metric.value) == ("domain", pytest.approx(5 * 62 / 196))
 
 
-@pytest.fixture
-def trial(tmp_path):
-    """A base with its tokenizer, a pack on it, and two texts."""
-    (tmp_path / "domain.txt").write_text("def add(a, b):\n    return a + b\n" * 20)
-    (tmp_path / "general.txt").write_text("The sum of two numbers is returned. " * 20)
-    expand_checkpoint(BASE, tmp_path / "expanded", after=[1, 4])
-    model = plain(tmp_path / "expanded")
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """A pack on the base that comes with a tokenizer, and two texts."""
+    folder = tmp_path_factory.mktemp("trial")
+    (folder / "domain.txt").write_text("def add(a, b):\n    return a + b\n" * 20)
+    (folder / "general.txt").write_text("The sum of two numbers is returned. " * 20)
+    model = plain(BASE)
+    insert_blocks(model, plan_layout(len(model.model.layers), after=[1, 4]))
     move(model)
-    return save_blocks(model, tmp_path / "pack"), str(tmp_path / "general.txt"), str(tmp_path / "domain.txt")
+    return save_blocks(model, folder / "pack"), str(folder / "general.txt"), str(folder / "domain.txt")
 
 
 def test_the_command(trial, tmp_path, capsys):
@@ -311,25 +315,28 @@ def test_the_command(trial, tmp_path, capsys):
 
 
 def windows_of(path, tokens):
-    from deepen.config import TextSet
-    from deepen.pipeline.losses import load_text_sets
-
     (text,) = load_text_sets(BASE, [("domain", TextSet(path=path))], tokens)
     return text.windows
 
 
 def test_an_expanded_checkpoint(trial, tmp_path):
-    from deepen.config import TextSet
-
     pack, general, domain = trial
-    merge_pack(BASE, pack, tmp_path / "merged")
-    texts = {"texts": (TextSet(path=general),), "domain_texts": (TextSet(path=domain),)}
-    options = {"alphas": (), "max_tokens": 60, "device": torch.device("cpu"), **texts}
-    one = measure_worth(WorthRequest(base=str(tmp_path / "merged"), pack=None, **options))
-    two = measure_worth(WorthRequest(base=str(BASE), pack=str(pack), **options))
-    assert (one.blocks, one.path, one.fingerprint) == (two.blocks, two.path, two.fingerprint)
+    model = merged(BASE, pack, tmp_path / "merged")
+    request = WorthRequest(
+        base=str(tmp_path / "merged"),
+        pack=None,
+        texts=(TextSet(path=general),),
+        domain_texts=(TextSet(path=domain),),
+        alphas=(),
+        max_tokens=60,
+        device=torch.device("cpu"),
+    )
+    record = measure_worth(request)
+    loss = mean_loss(model, windows_of(domain, 60)).item()
+    assert record.path[1].domain.value == pytest.approx(loss, abs=1e-4)
+    assert record.fingerprint == read_expansion(pack).base_fingerprint.fast
     with pytest.raises(PackError):
-        measure_worth(WorthRequest(base=str(BASE), pack=None, **options))
+        measure_worth(replace(request, base=str(BASE)))
 
 
 @pytest.mark.parametrize(

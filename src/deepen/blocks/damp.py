@@ -1,9 +1,8 @@
 """What new blocks write to the residual stream made smaller or larger: a pack between base and model.
 
-A residual write w that was filled with f becomes f + α (w − f). The block then adds α times what it added
-where nothing stands between the write and the stream, as in Llama: at α = 0 it adds nothing, at 1 it is as
-it was. Moving all weights towards the base this way is WiSE-FT (arXiv 2109.01903, equation 1); here only the
-writes move, which is enough for the base to lie at 0.
+A residual write w that was filled with f becomes f + α (w − f): at α = 0 the block adds nothing, at 1 it is
+as it was. Moving all weights between two models this way is WiSE-FT (arXiv 2109.01903, section 3); here only
+the writes move, which is enough for the base to lie at 0.
 """
 
 import math

@@ -51,7 +51,7 @@ def losses_without(
         Nats per predicted token, shape (1 + blocks,); the first with no block skipped.
     """
     nats = nats_without(model, blocks, windows, autocast=autocast, progress=progress)
-    return nats.sum(axis=1) / sum(len(window) - 1 for window in windows)
+    return np.asarray(nats.sum(axis=1) / sum(len(window) - 1 for window in windows))
 
 
 def nats_without(

@@ -90,7 +90,7 @@ def print_worth(record: WorthRecord, console: Console) -> None:
 
 
 def _block_table(record: WorthRecord) -> Table:
-    table = _table("block", "after", "general without", "domain without", "adds: general", "domain")
+    table = _table("block", "after", "general without", "domain without", "adds, general", "adds, domain")
     for each in record.blocks:
         table.add_row(
             str(each.block),
@@ -106,10 +106,10 @@ def _block_table(record: WorthRecord) -> Table:
 def _path_table(record: WorthRecord) -> Table:
     table = _table("α", "general", "from base", "domain", "from base")
     for point in record.path:
-        mark = " ←" if point.alpha == record.chosen else ""
+        mark = "→ " if point.alpha == record.chosen else ""
         general, domain = point.general, point.domain
         table.add_row(
-            f"{point.alpha:g}{mark}", loss(general.value), _moved(general), loss(domain.value), _moved(domain)
+            f"{mark}{point.alpha:g}", loss(general.value), _moved(general), loss(domain.value), _moved(domain)
         )
     return table
 
