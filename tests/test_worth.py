@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from family_table import LINES
 from safetensors.torch import load_file, save_file
 from test_importance import mean_loss
 from test_model_insert import logits, move, plain
@@ -111,6 +112,25 @@ def test_damped_files_are_the_damped_live_model(made, tmp_path):
         assert not torch.equal(found, whole)
         assert torch.equal(logits(model), whole)  # every bit is back
     assert [b.damped for b in read_expansion(tmp_path / "out1").new_blocks] == [None, 0.5, None, 1.25]
+
+
+# Fused experts in memory, and names without the usual prefix.
+HARD = [line for line in LINES if line.name in ("mixtral", "gpt2, old files")]
+
+
+@pytest.mark.parametrize("line", HARD, ids=lambda line: line.name)
+def test_other_names_in_memory(line, tmp_path):
+    model = load(line.write(tmp_path / "base"), dtype=torch.float32)
+    insert_blocks(model, plan_layout(line.depth, after=[0, 1]))
+    move(model)
+    pack = save_blocks(model, tmp_path / "pack")
+    damp_pack(pack, tmp_path / "damped", alpha=0.7)
+    base = tmp_path / "base"
+    with damped(model, 0.7):
+        assert torch.equal(logits(merged(base, tmp_path / "damped", tmp_path / "out")), logits(model))
+    prune_pack(pack, tmp_path / "pruned", without=[1])
+    with damped(model, {1: 0}):
+        assert torch.equal(logits(merged(base, tmp_path / "pruned", tmp_path / "less")), logits(model))
 
 
 def test_what_a_damped_tensor_holds(made, tmp_path):
