@@ -1,4 +1,4 @@
-"""How far tensors have moved: sums of squares over their elements, streamed. Here alone numpy is needed."""
+"""How far tensors have moved: sums of squares over their elements, streamed. Numpy is needed here."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

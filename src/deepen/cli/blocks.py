@@ -3,6 +3,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepen.cli import after_training
 from deepen.cli.apps import new_app
 from deepen.cli.output import human_bytes, human_count, print_json, progress_bar
 
@@ -214,6 +215,10 @@ def push(
         print_json({"repo": repo, "url": url})
     else:
         print(url)
+
+
+for _command in (after_training.prune, after_training.damp, after_training.worth):
+    app.command()(_command)
 
 
 def count_blocks(count: int) -> str:

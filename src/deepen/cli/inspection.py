@@ -47,6 +47,8 @@ def _table(facts: BlocksSummary) -> Table:
         table.add_column(title, justify="right")
     if facts.packs:
         table.add_column("pack")
+    if _damped(facts):
+        table.add_column("α", justify="right")
     for title in [name.removesuffix(".weight") for name in names]:
         table.add_column(title, justify="right", no_wrap=True)
     if facts.reference:
@@ -62,10 +64,16 @@ def _row(block: BlockNorms, names: list[str], facts: BlocksSummary) -> list[str]
     cells = [str(record.index), after, str(record.copy_of)]
     if facts.packs:
         cells.append(record.pack or "")
+    if _damped(facts):
+        cells.append("1" if record.damped is None else f"{record.damped:g}")
     cells += [_cell(writes.get(name), bool(facts.reference)) for name in names]
     if facts.reference:
         cells.append(_cell(block.changed, True))
     return cells
+
+
+def _damped(facts: BlocksSummary) -> bool:
+    return any(block.block.damped is not None for block in facts.blocks)
 
 
 def _cell(norm: Norm | None, compared: bool) -> str:

@@ -45,41 +45,75 @@ def losses_without(
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """Score a text with all blocks, and with each block skipped alone.
+    """Score a text with all blocks, and with each block skipped alone, as `nats_without` does.
+
+    Returns:
+        Nats per predicted token, shape (1 + blocks,); the first with no block skipped.
+    """
+    nats = nats_without(model, blocks, windows, autocast=autocast, progress=progress)
+    return np.asarray(nats.sum(axis=1) / sum(len(window) - 1 for window in windows))
+
+
+def nats_without(
+    model: Any,
+    blocks: Sequence[nn.Module],
+    windows: Windows,
+    *,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """Score each window with all blocks, and with each block skipped alone.
 
     Args:
         model: a causal language model.
-        blocks: its blocks.
+        blocks: its blocks, or some of them.
         windows: token ids, each of shape (length,).
         autocast: compute type; None computes in the weights' own.
         progress: called with (passes through the text done, passes to make).
 
     Returns:
-        Nats per predicted token, shape (1 + blocks,); the first with no block skipped.
+        Nats, shape (1 + blocks, windows); the first row with no block skipped.
 
     Raises:
         DataError: a token id the model has no embedding for.
         TrainingError: a loss is not a finite number.
     """
-    tokens = sum(len(window) - 1 for window in windows)
     total = len(blocks) + 1
-    found = [score_windows(model, windows, autocast=autocast).sum() / tokens]
+    found = [score_windows(model, windows, autocast=autocast)]
     for number, block in enumerate(blocks, start=1):
         if progress:
             progress(number, total)
         with skipping(block):
-            found.append(score_windows(model, windows, autocast=autocast).sum() / tokens)
+            found.append(score_windows(model, windows, autocast=autocast))
     if progress:
         progress(total, total)
-    return np.asarray(found)
+    return np.stack(found)
 
 
-@torch.no_grad()
 def cosines(model: Any, blocks: Sequence[nn.Module], windows: Windows) -> NDArray[np.float64]:
     """Return the mean cosine between what enters and what leaves each block, shape (blocks,).
 
     Near 1: the block turns its input little.
     """
+    return _mean_over_tokens(model, blocks, windows, lambda x, y: functional.cosine_similarity(x, y, dim=-1))
+
+
+def contributions(model: Any, blocks: Sequence[nn.Module], windows: Windows) -> NDArray[np.float64]:
+    """Return the mean of ‖block(x) − x‖ / ‖x‖ over tokens, shape (blocks,): how much each block adds.
+
+    0: the block hands on what it is given. The norms are over the hidden size.
+    """
+    return _mean_over_tokens(model, blocks, windows, lambda x, y: (y - x).norm(dim=-1) / x.norm(dim=-1))
+
+
+@torch.no_grad()
+def _mean_over_tokens(
+    model: Any,
+    blocks: Sequence[nn.Module],
+    windows: Windows,
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> NDArray[np.float64]:
+    """Mean of a measure of what enters and what leaves each block, [windows, length, hidden] in fp32."""
     sums, count = np.zeros(len(blocks)), 0
     kept: torch.Tensor
 
@@ -87,8 +121,7 @@ def cosines(model: Any, blocks: Sequence[nn.Module], windows: Windows) -> NDArra
         def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], made: Any) -> None:
             before = given[0] if given else named["hidden_states"]
             after = made[0] if isinstance(made, tuple) else made
-            cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            sums[number] += cosine[kept].sum().item()
+            sums[number] += measure(before.float(), after.float())[kept].sum().item()
 
         return hook
 

@@ -47,6 +47,7 @@ from deepen.expansion.plan import (
     aligned,
     count_parameters,
     expanded_tensors,
+    held_tensor,
     open_base,
     plan_files,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "expanded_tensors",
     "file_digest",
     "file_header",
+    "held_tensor",
     "held_tensors",
     "least_important",
     "moved_block",

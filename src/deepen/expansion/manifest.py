@@ -31,7 +31,11 @@ class _Record(BaseModel):
 
     @model_serializer(mode="wrap")
     def _compact(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if value or key not in self.optional}
+        return {
+            key: value
+            for key, value in write(self).items()
+            if value or value == 0 or key not in self.optional
+        }
 
 
 class Fingerprint(_Record):
@@ -73,9 +77,10 @@ class NewBlockRecord(_Record):
         filled: full tensor name -> the constant it was filled with.
         stage: number of the expansion that added it, from 0.
         pack: the block pack it came from, where several were stacked.
+        damped: the factor on its residual writes since training, relative to their fill; None: none.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"pack"})
+    optional: ClassVar[frozenset[str]] = frozenset({"pack", "damped"})
 
     index: int = Field(ge=0)
     after: int = Field(ge=-1)
@@ -83,6 +88,7 @@ class NewBlockRecord(_Record):
     filled: dict[str, float]
     stage: int = Field(default=0, ge=0)
     pack: str | None = None
+    damped: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
 class EarlierStage(_Record):

@@ -271,6 +271,22 @@ def family_for(config: Mapping[str, Any], names: Iterable[str] = (), where: str 
     return _in_dialect_of(family, names)
 
 
+def family_named(name: str, where: str) -> Family:
+    """Return the family of a name, as `expansion.json` has it, in the dialect of memory.
+
+    Args:
+        name: of the family.
+        where: what names it, for messages.
+
+    Raises:
+        FamilyError: there is none.
+    """
+    found = next((family for family in load_families() if family.name == name), None)
+    if found is None:
+        raise FamilyError(f"{where}: {name!r} is not a family deepen knows")
+    return found
+
+
 def _family_of(config: Mapping[str, Any]) -> Family | None:
     model_type = config.get("model_type")
     tower = load_towers().get(model_type) if isinstance(model_type, str) else None

@@ -1,5 +1,6 @@
 """The live model: insert new blocks, attach packs, switch, freeze the base, identity. Here torch begins."""
 
+from deepen.model.damp import damped
 from deepen.model.dtypes import DTYPE_NAMES, DTYPES, file_dtypes, parameter_dtypes
 from deepen.model.fingerprint import (
     base_fingerprint,
@@ -34,6 +35,7 @@ __all__ = [
     "check_quantisation",
     "compare_logits",
     "compare_probes",
+    "damped",
     "detach",
     "expansion_of",
     "file_dtypes",

@@ -31,12 +31,14 @@ from deepen.records.results import (
 from deepen.records.stop import EarlyStop
 from deepen.records.study import AnyStudy, CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
+from deepen.records.worth import BlockWorth, PathPoint, WorthRecord
 
 __all__ = [
     "AnyStudy",
     "AuditResult",
     "BlockImportance",
     "BlockPoint",
+    "BlockWorth",
     "Cell",
     "CellRecord",
     "Column",
@@ -53,6 +55,7 @@ __all__ = [
     "LearnedTask",
     "Metric",
     "Parameters",
+    "PathPoint",
     "Provenance",
     "QuantisationResult",
     "QuantisedLoss",
@@ -74,6 +77,7 @@ __all__ = [
     "TextResult",
     "TokenShift",
     "TrainingPoint",
+    "WorthRecord",
     "capture_provenance",
     "read_metrics",
     "read_record",

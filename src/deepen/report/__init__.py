@@ -9,6 +9,7 @@ from deepen.report.read import RunReport, read_run
 from deepen.report.retention import finding, p_value
 from deepen.report.study import print_study, render_study, write_study_report
 from deepen.report.watch import WatchServer
+from deepen.report.worth import print_worth, render_worth, write_worth_page
 
 __all__ = [
     "RunReport",
@@ -20,12 +21,15 @@ __all__ = [
     "print_continual",
     "print_study",
     "print_table",
+    "print_worth",
     "read_run",
     "render_study",
     "render_table",
+    "render_worth",
     "write_card",
     "write_comparison_page",
     "write_continual_report",
     "write_report",
     "write_study_report",
+    "write_worth_page",
 ]
