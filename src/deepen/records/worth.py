@@ -3,7 +3,8 @@
 from typing import Literal
 
 from deepen.records.provenance import Provenance
-from deepen.records.results import Metric, Record
+from deepen.records.record import Record
+from deepen.records.results import Metric
 
 
 class BlockWorth(Record):
