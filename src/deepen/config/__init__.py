@@ -3,7 +3,14 @@
 from deepen.config.load import build_recipe, dump_recipe, load_document, load_recipe, parse_recipe
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
 from deepen.config.sft import ConversationSet, Format, SftSection
-from deepen.config.study import AblationRecipe, BaselinesRecipe, DomainSection, MethodSection, StudyRecipe
+from deepen.config.study import (
+    AblationRecipe,
+    BaselinesRecipe,
+    DomainSection,
+    KnowledgeRecipe,
+    MethodSection,
+    StudyRecipe,
+)
 from deepen.config.texts import DataSection, Place, Source, TextSet
 from deepen.config.training import FreezeSection, LoopSection, LoraSection, PromptSection, TrainSection
 
@@ -17,6 +24,7 @@ __all__ = [
     "ExpandSection",
     "Format",
     "FreezeSection",
+    "KnowledgeRecipe",
     "LoopSection",
     "LoraSection",
     "MethodSection",

@@ -3,6 +3,7 @@
 from deepen.records.comparison import Cell, Column, Comparison, Difference, Row
 from deepen.records.findings import FindingsRecord
 from deepen.records.importance import BlockImportance, ImportanceRecord
+from deepen.records.knowledge import KnowledgeRecord, KnowledgeRow
 from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, read_metrics
 from deepen.records.provenance import Provenance, capture_provenance
 from deepen.records.results import (
@@ -21,10 +22,19 @@ from deepen.records.results import (
     read_record,
     read_result,
 )
-from deepen.records.study import CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
+from deepen.records.study import (
+    AnyStudy,
+    CellRecord,
+    RateChoice,
+    RunFacts,
+    StudyRecord,
+    StudyRow,
+    StudyScore,
+)
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 
 __all__ = [
+    "AnyStudy",
     "AuditResult",
     "BlockImportance",
     "BlockPoint",
@@ -39,6 +49,8 @@ __all__ = [
     "IdentityResult",
     "ImportanceRecord",
     "Items",
+    "KnowledgeRecord",
+    "KnowledgeRow",
     "Metric",
     "Parameters",
     "Provenance",

@@ -6,7 +6,7 @@ from deepen.report.complete import complete_pages
 from deepen.report.page import write_report
 from deepen.report.read import RunReport, read_run
 from deepen.report.retention import finding, p_value
-from deepen.report.study import print_study, render_study, write_study_report
+from deepen.report.study import print_study, read_study, render_study, write_study_report
 from deepen.report.watch import WatchServer
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "print_study",
     "print_table",
     "read_run",
+    "read_study",
     "render_study",
     "render_table",
     "write_card",
