@@ -53,8 +53,8 @@ class KnowledgeRecord(Record):
         finished: how many of them are.
         waiting: cells not finished, each with the reason.
         rows: those with a finished cell; the first is the tuned base.
-        comparison: the base and the rows on all texts and tasks, the mean over seeds; `from_first` is from the
-            tuned base. None as long as that is not finished.
+        comparison: the base and the rows on all texts and tasks, the mean over seeds; `from_first` is from
+            the tuned base. None as long as that is not finished.
         provenance: of the first cell; None without one.
         codes: commits of deepen that computed them.
     """

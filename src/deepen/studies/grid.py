@@ -181,12 +181,12 @@ def _plain(texts: Sequence[TextSet]) -> list[dict[str, Any]]:
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Lay one tree of settings over another."""
-    merged = dict(below)
+    whole = dict(below)
     for key, value in above.items():
-        held = merged.get(key)
+        held = whole.get(key)
         both = isinstance(held, Mapping) and isinstance(value, Mapping)
-        merged[key] = merged(held, value) if both else value  # type: ignore[arg-type]
-    return merged
+        whole[key] = merged(held, value) if both else value  # type: ignore[arg-type]
+    return whole
 
 
 def check_free(run: Mapping[str, Any], decided: Sequence[tuple[str, ...]]) -> None:

@@ -14,8 +14,8 @@ from deepen.report import write_study_report
 from deepen.studies.ablation import ablation_grid
 from deepen.studies.baselines import baselines_grid
 from deepen.studies.cells import Store
-from deepen.studies.engine import Finished, Outcome, Share, Slot, run_cells
 from deepen.studies.cost import Planned, plan_costs
+from deepen.studies.engine import Finished, Outcome, Share, Slot, run_cells
 from deepen.studies.grid import Grid
 from deepen.studies.knowledge.study import KnowledgeStudy, open_knowledge
 from deepen.studies.table import study_rows

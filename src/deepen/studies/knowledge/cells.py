@@ -1,4 +1,4 @@
-"""The cells of a study of knowledge: training once a seed, and the tunings that begin with it or with the base."""
+"""Cells of a study of knowledge: training once a seed, and tunings that begin with it or with the base."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class KnowledgeCells:
         return [BASE_TUNED, EXPANDED, *self.tunings]
 
     def plan(self, finished: Finished) -> list[Slot]:
-        """Return every place of the study: what begins with the base, then what begins with trained blocks."""
+        """Return every place: first what begins with the base, then what begins with trained blocks."""
         return [part.slot for part in self.parts(finished)]
 
     def parts(self, finished: Finished) -> list[Part]:
