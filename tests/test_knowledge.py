@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_sft import write_talk
 from tiny_run import write_base, write_recipe
 
 from deepen.cli import main
+from deepen.config import KnowledgeRecipe, build_recipe, load_document
 from deepen.errors import RecipeError
 from deepen.pipeline import run as pipeline_run
 from deepen.pipeline.reporter import Silent
@@ -39,9 +41,15 @@ def write_study(root, **changes):
     return path
 
 
+def quicken(patch):
+    """Let code that is not committed compute, and no run write pages of its own: half of the time."""
+    patch.setattr(engine, "traceable_code", lambda: "c0ffee")
+    patch.setattr(pipeline_run, "complete_pages", lambda run: None)
+
+
 @pytest.fixture(autouse=True)
-def traceable(monkeypatch):
-    monkeypatch.setattr(engine, "traceable_code", lambda: "c0ffee")
+def quick(monkeypatch):
+    quicken(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +63,7 @@ def place(tmp_path_factory):
 def finished(place):
     """A study computed in two halves, as on two machines: (study, names of the cells computed)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "traceable_code", lambda: "c0ffee")
+        quicken(patch)
         study = open_study("knowledge", write_study(place), None)
         first = compute_study(study, Share(2, 2), Silent()).computed
         return study, [first, compute_study(study, Share(), Silent()).computed]
@@ -234,3 +242,12 @@ def test_faults_are_said_before_anything_is_computed(place, tmp_path, settings, 
         open_study("knowledge", path, tmp_path / "study", settings)
     assert said in str(found.value)
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("source", ["docs/studies.md", "recipes/studies/knowledge-small.yaml"])
+def test_the_recipes_shown_are_valid(source, tmp_path):
+    text = (Path(__file__).parents[1] / source).read_text()
+    shown = [block.split("```")[0] for block in text.split("```yaml\n")[1:]] or [text]
+    (tmp_path / "study.yaml").write_text(next(each for each in shown if "\n  sft:" in each))
+    study = load_document(tmp_path / "study.yaml", KnowledgeRecipe)
+    assert build_recipe({**study.run, "output": "cell"}, source).sft.heldout

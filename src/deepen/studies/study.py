@@ -20,6 +20,7 @@ from deepen.studies.grid import Grid
 from deepen.studies.knowledge.study import KnowledgeStudy, open_knowledge
 from deepen.studies.table import study_rows
 
+GridKind = Literal["baselines", "ablation"]
 Kind = Literal["baselines", "ablation", "knowledge"]
 
 
@@ -36,7 +37,7 @@ class Study:
         store: where its cells lie.
     """
 
-    kind: Kind
+    kind: GridKind
     name: str
     recipe: StudyRecipe
     grid: Grid
