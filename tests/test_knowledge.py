@@ -149,6 +149,24 @@ def test_the_page_links_every_row_and_is_made_again(finished, capsys):
     assert "expanded + SFT against base + SFT" in " ".join(capsys.readouterr().out.split())
 
 
+def test_tasks_have_a_figure_of_their_own(finished):
+    record = finished[0].collect()
+    first, *rest = record.comparison.columns
+    task = first.model_copy(update={"metric": "acc", "tokens": None, "higher_is_better": True})
+    mixed = record.comparison.model_copy(update={"columns": [task, *rest]})
+    page = render_knowledge(record.model_copy(update={"comparison": mixed}))
+    assert page.count("<svg") == 2
+    assert "acc, higher is better" in page
+
+
+def test_a_study_that_has_just_begun_has_a_page(place, tmp_path):
+    record = open_study("knowledge", write_study(place), tmp_path / "study").collect()
+    assert (record.finished, record.rows, record.comparison) == (0, [], None)
+    page = render_knowledge(record)
+    assert "10 of 10 cells are not finished" in page
+    assert "expanded-sft-seed3: waits for the new blocks" in page
+
+
 def test_what_is_cut_short_goes_on_and_is_in_no_mean(finished):
     study, _ = finished
     whole = study.collect()
