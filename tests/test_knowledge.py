@@ -27,7 +27,11 @@ ROWS = ["base + SFT", "expanded", "expanded + SFT", "expanded + new"]
 
 def write_study(root, **changes):
     """Write a study of four steps of training and a few of tuning below `root`; return its path."""
-    run = yaml.safe_load(write_recipe(root, train__tokens=4 * 128, train__evaluate_every=100).read_text())
+    run = yaml.safe_load(
+        write_recipe(
+            root, train__tokens=4 * 128, train__evaluate_every=100, evaluate__max_tokens=800
+        ).read_text()
+    )
     sft = write_talk(root) | {"epochs": 1}
     del run["output"]
     content = {

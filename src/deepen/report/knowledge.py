@@ -9,7 +9,7 @@ from rich.console import Console
 from deepen.records import Comparison, Difference, KnowledgeRecord
 from deepen.report.comparison import MEANING, describe_differences, print_table
 from deepen.report.page import METRICS
-from deepen.report.svg import MUTED, SERIES, Chart, chart
+from deepen.report.svg import INK, MUTED, SERIES, Chart, chart
 from deepen.report.templates import render
 from deepen.report.wording import change, interval, loss
 from deepen.report.write import write_page
@@ -73,7 +73,8 @@ def _differences(comparison: Comparison, unit: str | None, number: int) -> Chart
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(f"{unit or 'nats per token'}, change from {comparison.rows[1].label}")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.3), fontsize=11, handlelength=1.4)
+        if figure := axes.get_figure():
+            figure.legend(loc="outside lower left", fontsize=11, labelcolor=INK, handlelength=1.4)
 
     title = f"Scores: {unit}" if unit else "Held-out loss  (left: better)"
     words = "; ".join(
