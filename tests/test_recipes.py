@@ -1,6 +1,7 @@
 """The recipes at the paper's scale: each loads, and is planned on a tiny model of its base's shape."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import write_tiny_llama
 
 from deepen.config import load_recipe
 from deepen.pipeline.plan import plan_run
+from deepen.studies.study import open_study
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 # Name -> (blocks of the base, new ones, steps): arXiv 2401.02415, Table 6 and Figure 5.
@@ -42,3 +44,23 @@ def test_planned_as_the_paper_has_it(name, tmp_path):
     plan = plan_run(load_recipe(tmp_path / "recipe.yaml"))
     assert sorted(plan.layout.new_indices) == new
     assert plan.known_steps == steps
+
+
+def test_every_row_on_law_is_planned_as_the_paper_has_it(tmp_path, monkeypatch):
+    (tmp_path / "data" / "freelaw").mkdir(parents=True)
+    for name in ("freelaw/part", "freelaw-reported"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text('{"text": "text"}\n')
+    base = write_tiny_llama(tmp_path / "base", blocks=32, max_position_embeddings=4096)
+    monkeypatch.chdir(tmp_path)
+    law = RECIPES[0].parent / "studies" / "law.yaml"
+    study = open_study("baselines", law, None, [f"run.base={base}", "run.evaluate={}"])
+    outlines = {place.row.label: study.grid.outline(place) for place in study.grid.places}
+    assert {outline.known_steps for outline in outlines.values()} == {5000}
+    assert {
+        label: len(outline.layout.new_indices) for label, outline in outlines.items() if outline.layout
+    } == {
+        **{f"blocks-{count}": count for count in (1, 2, 4, 8, 16, 32)},
+        **{"prefix-8": 8, "suffix-8": 8},
+    }
+    published = re.findall(r"^#   ([a-z]+(?:-\d+)?) +\d", law.read_text(), re.MULTILINE)
+    assert sorted(published) == sorted(outlines)

@@ -10,7 +10,7 @@ import yaml
 from tiny_run import sentences, write_base
 
 from deepen.cli import main
-from deepen.config import AblationRecipe, BaselinesRecipe, DomainSection, load_document
+from deepen.config import AblationRecipe, BaselinesRecipe, DomainSection, KnowledgeRecipe, load_document
 from deepen.errors import DataError, RecipeError
 from deepen.evaluation import compare_runs
 from deepen.pipeline import run as pipeline_run
@@ -272,7 +272,12 @@ def test_a_missing_text_is_said_at_once(place):
         open_study("baselines", recipe(place), None, ["domains.words.reported=[{path: none.txt}]"])
 
 
-KINDS = {"baselines-small": BaselinesRecipe, "ablation-small": AblationRecipe}
+KINDS = {
+    "baselines-small": BaselinesRecipe,
+    "ablation-small": AblationRecipe,
+    "knowledge-small": KnowledgeRecipe,
+    "law": BaselinesRecipe,
+}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
@@ -284,5 +289,6 @@ def test_the_page_on_studies_shows_a_recipe_and_names_every_key(tmp_path):
     page = (ROOT / "docs" / "studies.md").read_text()
     (tmp_path / "study.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
     load_document(tmp_path / "study.yaml", BaselinesRecipe)
-    keys = {*BaselinesRecipe.model_fields, *AblationRecipe.model_fields, *DomainSection.model_fields}
+    kinds = (BaselinesRecipe, AblationRecipe, DomainSection, KnowledgeRecipe)
+    keys = {key for kind in kinds for key in kind.model_fields}
     assert not {key for key in keys if f"`{key}`" not in page}

@@ -9,6 +9,7 @@ from deepen.cli.output import human_count, print_json
 
 if TYPE_CHECKING:
     from deepen.studies.cost import Cost
+    from deepen.studies.knowledge.study import KnowledgeStudy
     from deepen.studies.study import Kind, Study
 
 app = new_app("Studies: many runs of one plan, each computed once, and the table they make.")
@@ -73,6 +74,22 @@ def continual(
     study_continual(recipe, out, settings or [], cell, dry_run, as_json)
 
 
+@app.command()
+def knowledge(
+    recipe: Recipe,
+    out: Out = None,
+    settings: Settings = None,
+    cell: Part = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """The same tuning on the base and on the expanded, trained model: what the new blocks add to it.
+
+    Finished cells are never computed again: call it again to go on.
+    """
+    _study("knowledge", recipe, out, settings, cell, dry_run, as_json)
+
+
 def _study(
     kind: "Kind",
     recipe: Path,
@@ -97,12 +114,11 @@ def _study(
     _print_result(study, outcome.busy, as_json)
 
 
-def _print_result(study: "Study", busy: list[str], as_json: bool) -> None:
-    from deepen.records import StudyRecord, read_record
-    from deepen.report import print_study
+def _print_result(study: "Study | KnowledgeStudy", busy: list[str], as_json: bool) -> None:
+    from deepen.report import print_study, read_study
 
     place = study.store.study
-    record = read_record(place / "study.json", StudyRecord)
+    record = read_study(place)
     if as_json:
         print_json(record.model_dump(mode="json"))
     else:
@@ -117,10 +133,8 @@ def _print_result(study: "Study", busy: list[str], as_json: bool) -> None:
         print(said, file=sys.stderr)
 
 
-def _print_plan(study: "Study", as_json: bool) -> None:
-    from deepen.studies.cost import plan_costs
-
-    planned = plan_costs(study.grid, study.store)
+def _print_plan(study: "Study | KnowledgeStudy", as_json: bool) -> None:
+    planned = study.costs()
     left = [each.cost for each in planned if not each.finished]
     tokens, flops = sum(cost.tokens or 0 for cost in left), sum(cost.flops or 0.0 for cost in left)
     if as_json:

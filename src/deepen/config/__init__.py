@@ -12,7 +12,14 @@ from deepen.config.load import (
 )
 from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
 from deepen.config.sft import ConversationSet, Format, SftSection
-from deepen.config.study import AblationRecipe, BaselinesRecipe, DomainSection, MethodSection, StudyRecipe
+from deepen.config.study import (
+    AblationRecipe,
+    BaselinesRecipe,
+    DomainSection,
+    KnowledgeRecipe,
+    MethodSection,
+    StudyRecipe,
+)
 from deepen.config.texts import DataSection, Place, Source, TextSet
 from deepen.config.training import FreezeSection, LoopSection, LoraSection, PromptSection, TrainSection
 
@@ -30,6 +37,7 @@ __all__ = [
     "ExpandSection",
     "Format",
     "FreezeSection",
+    "KnowledgeRecipe",
     "LoopSection",
     "LoraSection",
     "MethodSection",

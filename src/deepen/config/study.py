@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from deepen.config.recipe import ExpandSection
 from deepen.config.section import Count, Index, Positive, Section, as_tuple
@@ -12,6 +12,17 @@ Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 """Names a directory is made of."""
 
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("one stands twice")
+    return seeds
+
+
+Seeds = Annotated[
+    tuple[Index, ...], BeforeValidator(as_tuple), Field(min_length=1), AfterValidator(_distinct)
+]
 
 
 class DomainSection(Section):
@@ -40,7 +51,7 @@ class StudyRecipe(Section):
     domains: Annotated[dict[Label, DomainSection], Field(min_length=1)]
     """Each is trained by itself."""
 
-    seeds: Annotated[tuple[Index, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+    seeds: Seeds
     """Every result is repeated with each; the first one chooses learning rates."""
 
     learning_rates: Rates
@@ -48,12 +59,6 @@ class StudyRecipe(Section):
 
     keep_models: bool = False
     """Keep what finished cells trained; their records stay in any case."""
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one stands twice")
-        return self
 
     @model_validator(mode="after")
     def _tunable(self) -> Self:
@@ -115,3 +120,25 @@ class AblationRecipe(StudyRecipe):
         tuple[Literal["interleaved", "suffix", "prefix"], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = ("interleaved", "suffix", "prefix")
     """Where they go."""
+
+
+class KnowledgeRecipe(Section):
+    """The same tuning on the base and on the expanded, trained model: rows × seeds."""
+
+    run: dict[str, Any]
+    """An ordinary recipe with `expand`, `data`, `train` and `sft`; what the study decides (`output`, `pack`,
+    `train.seed`, `sft.seed`, `sft.trainable`) is left out. All parameters are tuned, as in the paper."""
+
+    output: str
+    """Directory of the study."""
+
+    seeds: Seeds
+    """Everything is repeated with each, from the training of the new blocks on."""
+
+    also: dict[Label, dict[str, Any]] = Field(default_factory=dict)
+    """Further tunings of the expanded model: name → keys of `sft` that win over those of `run`, such as
+    `trainable: new`."""
+
+    keep_models: bool = False
+    """Keep what finished cells tuned. Records stay in any case, and so do the trained blocks, which every
+    tuning begins with."""

@@ -68,7 +68,7 @@ def prepare_conversations(
     except OSError as error:
         raise OutputError(f"{cache}: cannot hold the cache: {error.strerror}; choose another") from error
     how = [FORMAT_VERSION, asked.format, tokenizer_digest(tokenizer), template.source, length]
-    key = digest_of([*how, *([heldout] if heldout else []), _contents(asked, cache)])
+    key = digest_of([*how, *([heldout] if heldout else []), conversation_contents(asked, cache)])
     target = cache / "conversations" / key[:32]
     if not (target / META).is_file():
         _build(target, key, asked, tokenizer, template, length, heldout, cache, progress or _ignore)
@@ -80,8 +80,12 @@ def mix_conversations(corpora: Sequence[tuple[ConversationCorpus, float]], lengt
     return Mixture(corpora, length, seed, packing="best_fit", document_masks=True)
 
 
-def _contents(asked: ConversationSet, cache: Path) -> list[list[str]]:
-    """Return the name and the digest of each file."""
+def conversation_contents(asked: ConversationSet, cache: Path) -> list[list[str]]:
+    """Return the name and the digest of each file.
+
+    Raises:
+        DataError: there is none, or the dataset cannot be loaded.
+    """
     if asked.hub is None:
         files = find_files(asked)
         names = [path.name for path in files]

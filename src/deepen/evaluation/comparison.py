@@ -50,6 +50,13 @@ def compare_runs(
         read_evaluated(place, label, metric)
         for place, label in zip(run_dirs, labels or _names(run_dirs), strict=True)
     ]
+    return compare_evaluated(runs, metric=metric, seed=seed)
+
+
+def compare_evaluated(
+    runs: Sequence[Evaluated], *, metric: str = "nats_per_token", seed: int = 0
+) -> Comparison:
+    """Compare what was read already; arguments and errors as `compare_runs`."""
     for run in runs:
         _check_comparable(runs[0], run)
     shared, left_out = _share(runs)

@@ -1,10 +1,11 @@
 """What was evaluated, item by item: the texts and tasks that a run, an evaluation or one record holds."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deepen.errors import DataError
 from deepen.evaluation.paired import PairedItems
@@ -98,6 +99,36 @@ def read_evaluated(place: Path, label: str, metric: str) -> Evaluated:
         scores=scores,
         itemless=tuple(line for task in tasks for line in _itemless(task)),
     )
+
+
+def mean_of(runs: Sequence[Evaluated], label: str) -> Evaluated:
+    """Average several runs of one recipe, as of several seeds, item by item.
+
+    Raises:
+        DataError: they were not all evaluated on the same items.
+    """
+    first = runs[0]
+    for run in runs:
+        other = [key for key in first.scores if not _asked_alike(first.scores[key], run.scores.get(key))]
+        if other or len(run.scores) != len(first.scores):
+            raise DataError(f"{run.place}: not evaluated on the same items as {first.place}")
+    scores = {
+        key: replace(score, items=replace(score.items, values=_mean([run.scores[key] for run in runs])))
+        for key, score in first.scores.items()
+    }
+    return replace(first, label=label, scores=scores)
+
+
+def _asked_alike(score: Score, other: Score | None) -> bool:
+    return other is not None and (score.asked, len(score.items.values)) == (
+        other.asked,
+        len(other.items.values),
+    )
+
+
+def _mean(scores: Sequence[Score]) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = np.mean([score.items.values for score in scores], axis=0)
+    return values
 
 
 def _records_in(directory: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from deepen.records.continual import (
 )
 from deepen.records.findings import FindingsRecord
 from deepen.records.importance import BlockImportance, ImportanceRecord
+from deepen.records.knowledge import KnowledgeRecord, KnowledgeRow
 from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, read_metrics
 from deepen.records.provenance import Provenance, capture_provenance
 from deepen.records.results import (
@@ -52,6 +53,8 @@ __all__ = [
     "IdentityResult",
     "ImportanceRecord",
     "Items",
+    "KnowledgeRecord",
+    "KnowledgeRow",
     "LearnedTask",
     "Metric",
     "Parameters",

@@ -42,6 +42,7 @@ class RunFacts(Record):
         seconds: of training.
         flops: executed in training, by the closed form of `deepen.training.flops`; None where not logged.
         metrics: held-out losses in nats per token, with their differences from the base.
+        pack: digest of the new blocks it saved; None without any.
         diverged: why training ended early; None as a rule. Then everything else is empty.
     """
 
@@ -53,6 +54,7 @@ class RunFacts(Record):
     seconds: float = 0.0
     flops: float | None = None
     metrics: list[Metric] = Field(default_factory=list)
+    pack: str | None = None
     diverged: str | None = None
 
 

@@ -7,7 +7,7 @@ from deepen.report.continual import print_continual, write_continual_report
 from deepen.report.page import write_report
 from deepen.report.read import RunReport, read_run
 from deepen.report.retention import finding, p_value
-from deepen.report.study import print_study, render_study, write_study_report
+from deepen.report.study import print_study, read_study, render_study, write_study_report
 from deepen.report.watch import WatchServer
 from deepen.report.worth import print_worth, render_worth, write_worth_page
 
@@ -23,6 +23,7 @@ __all__ = [
     "print_table",
     "print_worth",
     "read_run",
+    "read_study",
     "render_study",
     "render_table",
     "render_worth",

@@ -16,7 +16,7 @@ from deepen.report.wording import change, interval, loss
 from deepen.report.write import write_page
 
 _LEVEL = 0.05
-_MEANING = {"general": "must be kept", "domain": "must be learned"}
+MEANING = {"general": "must be kept", "domain": "must be learned"}
 
 
 def write_comparison_page(comparison: Comparison, path: Path) -> Path:
@@ -36,7 +36,7 @@ def render_comparison(comparison: Comparison) -> str:
         comparison=comparison,
         chart=plane_chart(comparison),
         unit=unit,
-        meaning=_MEANING,
+        meaning=MEANING,
     )
 
 
@@ -89,7 +89,7 @@ def _table(comparison: Comparison) -> Table:
 def _heading(column: Column) -> tuple[str, str]:
     """Two lines: the name, and what the text is for or what the task's figure is."""
     if column.metric is None:
-        return column.name, _MEANING[column.role]
+        return column.name, MEANING[column.role]
     return column.name, f"{column.metric} {'↑' if column.higher_is_better else '↓'}"
 
 

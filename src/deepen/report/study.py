@@ -6,8 +6,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepen.records import AnyStudy, ContinualRecord, RateChoice, StudyRecord, StudyScore, read_record
+from deepen.records import (
+    AnyStudy,
+    ContinualRecord,
+    KnowledgeRecord,
+    RateChoice,
+    StudyRecord,
+    StudyScore,
+    read_record,
+)
 from deepen.report.continual import write_continual_report
+from deepen.report.knowledge import print_knowledge, write_knowledge_report
 from deepen.report.study_figures import count_charts, curves_chart, plane
 from deepen.report.templates import render
 from deepen.report.wording import change, interval
@@ -29,7 +38,22 @@ def write_study_report(study: Path) -> Path:
     file = study / "study.json"
     if read_record(file, AnyStudy).kind == "continual":
         return write_continual_report(study, read_record(file, ContinualRecord))
-    return write_page(study / "report.html", render_study(read_record(file, StudyRecord)))
+    record = read_study(study)
+    if isinstance(record, KnowledgeRecord):
+        return write_knowledge_report(study, record)
+    return write_page(study / "report.html", render_study(record))
+
+
+def read_study(study: Path) -> StudyRecord | KnowledgeRecord:
+    """Read the `study.json` of a study of runs.
+
+    Raises:
+        DataError: the record is missing or malformed.
+    """
+    file = study / "study.json"
+    if read_record(file, AnyStudy).kind == "knowledge":
+        return read_record(file, KnowledgeRecord)
+    return read_record(file, StudyRecord)
 
 
 def render_study(record: StudyRecord) -> str:
@@ -89,8 +113,11 @@ def seed_spread(score: StudyScore) -> str:
     return f"seeds {change(min(deltas))} to {change(max(deltas))}" if len(deltas) > 1 else "one seed"
 
 
-def print_study(record: StudyRecord, console: Console) -> None:
+def print_study(record: StudyRecord | KnowledgeRecord, console: Console) -> None:
     """Print the table, a row a place; then what was found and what is missing."""
+    if isinstance(record, KnowledgeRecord):
+        print_knowledge(record, console)
+        return
     console.print(study_table(record))
     for line in describe_study(record):
         console.print(line, highlight=False, soft_wrap=True)

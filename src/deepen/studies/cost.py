@@ -46,7 +46,7 @@ def estimate_cost(outline: Outline) -> Cost:
     with torch.device("meta"), patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
         blocks = list(blocks_of(model, family_of(model)))
-        if outline.layout:
+        if outline.layout and outline.train.method == "blocks":
             model.requires_grad_(False)
             for index in outline.layout.new_indices:
                 blocks[index].requires_grad_(True)

@@ -63,7 +63,7 @@ class Grid:
             RecipeError: faults of a cell's recipe.
             DeepenError: a base or a text cannot be used.
         """
-        _check_free(study.run)
+        check_free(study.run, _DECIDED)
         self.study, self.rows = study, tuple(rows)
         self.places = [Place(row, domain) for domain in study.domains for row in rows]
         self.cell = cache(self._cell)
@@ -75,8 +75,8 @@ class Grid:
     def recipe(self, place: Place, rate: float, seed: int) -> Recipe:
         """Return the recipe of a cell, but for where it goes."""
         domain = self.study.domains[place.domain]
-        raw = _merged(self.study.run, place.row.settings)
-        raw = _merged(raw, {"output": "cell", "train": {"learning_rate": rate, "seed": seed}})
+        raw = merged(self.study.run, place.row.settings)
+        raw = merged(raw, {"output": "cell", "train": {"learning_rate": rate, "seed": seed}})
         raw["data"] = {**raw.get("data", {}), "sources": _plain(domain.sources)}
         raw["evaluate"] = {**raw.get("evaluate", {}), "domain": _plain((*domain.tuning, *domain.reported))}
         return build_recipe(raw, f"{place.row.label} in {place.domain}")
@@ -179,19 +179,23 @@ def _plain(texts: Sequence[TextSet]) -> list[dict[str, Any]]:
     return [text.model_dump(mode="json", exclude_unset=True) for text in texts]
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Lay one tree of settings over another."""
-    merged = dict(below)
+    whole = dict(below)
     for key, value in above.items():
-        held = merged.get(key)
+        held = whole.get(key)
         both = isinstance(held, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merged(held, value) if both else value  # type: ignore[arg-type]
-    return merged
+        whole[key] = merged(held, value) if both else value  # type: ignore[arg-type]
+    return whole
 
 
-def _check_free(run: Mapping[str, Any]) -> None:
-    """Refuse what the axes decide, which would be overwritten silently."""
-    for path in _DECIDED:
+def check_free(run: Mapping[str, Any], decided: Sequence[tuple[str, ...]]) -> None:
+    """Refuse what the study decides, which would be overwritten silently.
+
+    Raises:
+        RecipeError: a key that is decided is there.
+    """
+    for path in decided:
         at: Any = run
         for key in path:
             at = at.get(key) if isinstance(at, Mapping) else None

@@ -1,12 +1,15 @@
 """Cells that are runs: a recipe, and what its result depends on."""
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from deepen.blocks import BLOCKS_NAME
 from deepen.config import Recipe, TextSet, load_recipe
+from deepen.data.conversation_build import conversation_contents
 from deepen.data.sources import open_source
 from deepen.errors import Diverged, OutputError
 from deepen.pipeline.directory import RunDirectory, deciding
@@ -17,10 +20,20 @@ from deepen.studies.cells import Cell, Computed
 
 # Raised when a change of deepen changes what equal inputs give; a default of the recipe, for one.
 _VERSION: Final = 1
+BLOCKS: Final = "blocks"
+_WEIGHTS: Final = ("checkpoints", "model", "adapter")
+_PLACES: Final = (("data", "sources"), ("sft", "data"), ("evaluate", "general"), ("evaluate", "domain"))
 
 
 def run_cell(
-    name: str, recipe: Recipe, outline: Outline, texts: Mapping[str, Any], *, keep_models: bool
+    name: str,
+    recipe: Recipe,
+    outline: Outline,
+    texts: Mapping[str, Any],
+    *,
+    keep_models: bool,
+    keep_blocks: bool = False,
+    begins_with: Mapping[str, str] | None = None,
 ) -> Cell:
     """Return the cell that a recipe is; its `output` does not count.
 
@@ -30,26 +43,44 @@ def run_cell(
         outline: of a run from the same base to the same layout.
         texts: digests of everything it reads, from `text_digests`.
         keep_models: whether what trained stays when the cell is finished.
+        keep_blocks: whether a block pack does in any case: other cells begin with it.
+        begins_with: identifies the pack of another cell that the run begins with.
     """
-    settings = deciding(recipe, defaults=False)
-    del settings["base"]
-    settings.pop("expand", None)  # the layout it gives decides: one new block is on top, interleaved or not
-    for section, key in (("data", "sources"), ("evaluate", "general"), ("evaluate", "domain")):
-        if found := settings.get(section, {}).get(key):
-            settings[section][key] = [_without_place(text) for text in found]
-    inputs = {
+    inputs: dict[str, Any] = {
         "kind": "run",
         "version": _VERSION,
         "base": outline.fingerprint,
         "layout": outline.layout and [[block.after, block.copy_of] for block in outline.layout.new_blocks],
         "texts": dict(texts),
-        "recipe": settings,
+        "recipe": _settings(recipe),
     }
-    return Cell(name=name, inputs=inputs, compute=partial(_compute, recipe, keep_models))
+    if begins_with:
+        inputs["begins_with"] = dict(begins_with)
+    discarded = () if keep_models else _WEIGHTS if keep_blocks else (*_WEIGHTS, BLOCKS)
+    return Cell(name=name, inputs=inputs, compute=partial(_compute, recipe, outline.train.method, discarded))
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what of a recipe decides a result beside what is digested."""
+    settings = deciding(recipe, defaults=False)
+    for key in ("base", "expand", "pack"):  # one new block is on top, interleaved or not: the layout decides
+        settings.pop(key, None)
+    if recipe.data and not _reads_sources(recipe):
+        settings["data"] = {"sequence_length": recipe.data.sequence_length}
+    for section, key in _PLACES:
+        held = settings.get(section) or {}
+        if held.get(key):
+            held[key] = [_without_place(text) for text in held[key]]
+    return settings
+
+
+def _reads_sources(recipe: Recipe) -> bool:
+    """Whether the training texts count: tuning alone only evaluates their held-out documents."""
+    return recipe.data is not None and bool(recipe.train or recipe.data.heldout)
 
 
 def text_digests(recipe: Recipe, cache: Path) -> dict[str, Any]:
-    """Return what identifies the contents of every text that a recipe reads, and of its own task files.
+    """Return what identifies the contents of all that a recipe reads, and of its own task files.
 
     Raises:
         DataError: a text is missing.
@@ -63,13 +94,17 @@ def text_digests(recipe: Recipe, cache: Path) -> dict[str, Any]:
     def contents(texts: tuple[TextSet, ...]) -> list[list[list[str]]]:
         return [open_source(text, cache).contents for text in texts]
 
-    (data, _), evaluate = recipe.training(), recipe.evaluate
+    evaluate = recipe.evaluate
     found: dict[str, Any] = {
-        "sources": contents(data.sources),
+        "sources": contents(recipe.data.sources if recipe.data and _reads_sources(recipe) else ()),
         "general": contents(evaluate.general),
         "domain": contents(evaluate.domain),
     }
-    named = [Path(name) for name in (*evaluate.suites, *evaluate.tasks) if Path(name).is_file()]
+    if recipe.sft:
+        sets = [conversation_contents(one, cache) for one in recipe.sft.data]
+        found["conversations"] = [[[Path(name).suffix, digest] for name, digest in one] for one in sets]
+    template = (recipe.sft and recipe.sft.template) or ""
+    named = [Path(name) for name in (*evaluate.suites, *evaluate.tasks, template) if Path(name).is_file()]
     return found | ({"tasks": [path.read_text("utf-8") for path in named]} if named else {})
 
 
@@ -78,7 +113,9 @@ def _without_place(text: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in text.items() if key not in ("path", "hub", "revision", "stream")}
 
 
-def _compute(recipe: Recipe, keep_models: bool, directory: Path, reporter: Reporter) -> Computed:
+def _compute(
+    recipe: Recipe, method: str, discarded: Sequence[str], directory: Path, reporter: Reporter
+) -> Computed:
     from deepen.pipeline.run import run_recipe
 
     run, asked = RunDirectory(directory), recipe.model_copy(update={"output": str(directory)})
@@ -87,9 +124,10 @@ def _compute(recipe: Recipe, keep_models: bool, directory: Path, reporter: Repor
         facts = _facts(run, result)
     except Diverged as error:
         # A result too: this recipe, run again, does the same.
-        facts = RunFacts(method=recipe.training()[1].method, diverged=str(error))
-    if not keep_models:
-        _discard(run)
+        facts = RunFacts(method=method, diverged=str(error))
+    # Records stay.
+    for name in discarded:
+        shutil.rmtree(run.root / name, ignore_errors=True)
     return Computed(result=facts.model_dump(mode="json"), provenance=read_record(run.environment, Provenance))
 
 
@@ -111,11 +149,14 @@ def _facts(run: RunDirectory, result: RunResult) -> RunFacts:
         steps=result.steps,
         seconds=result.seconds,
         flops=float(f"{costs[-1] * result.tokens:.4g}") if costs else None,
+        pack=_pack_digest(run.root / BLOCKS),
         metrics=[metric for metric in heldout.metrics if metric.metric == "nats_per_token"],
     )
 
 
-def _discard(run: RunDirectory) -> None:
-    """Remove the weights of a run: what was saved of it, and its checkpoints. Records stay."""
-    for name in ("checkpoints", "blocks", "model", "adapter"):
-        shutil.rmtree(run.root / name, ignore_errors=True)
+def _pack_digest(pack: Path) -> str | None:
+    """Digest of the tensors of a pack; None where there is none."""
+    if not (pack / BLOCKS_NAME).exists():
+        return None
+    with (pack / BLOCKS_NAME).open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

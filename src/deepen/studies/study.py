@@ -9,16 +9,19 @@ from deepen.checkpoint import write_file
 from deepen.config import AblationRecipe, BaselinesRecipe, StudyRecipe, dump_recipe, load_document
 from deepen.errors import DeepenError
 from deepen.pipeline.reporter import Reporter
-from deepen.records import CellRecord, StudyRecord
+from deepen.records import CellRecord, KnowledgeRecord, StudyRecord
 from deepen.report import write_study_report
 from deepen.studies.ablation import ablation_grid
 from deepen.studies.baselines import baselines_grid
 from deepen.studies.cells import Store
-from deepen.studies.engine import Outcome, Share, Slot, run_cells
+from deepen.studies.cost import Planned, plan_costs
+from deepen.studies.engine import Finished, Outcome, Share, Slot, run_cells
 from deepen.studies.grid import Grid
+from deepen.studies.knowledge.study import KnowledgeStudy, open_knowledge
 from deepen.studies.table import study_rows
 
-Kind = Literal["baselines", "ablation"]
+GridKind = Literal["baselines", "ablation"]
+Kind = Literal["baselines", "ablation", "knowledge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class Study:
         store: where its cells lie.
     """
 
-    kind: Kind
+    kind: GridKind
     name: str
     recipe: StudyRecipe
     grid: Grid
@@ -43,16 +46,32 @@ class Study:
 
     def slots(self) -> list[Slot]:
         """Return all places, as far as they are known."""
-        return self.grid.plan(self.store.finished)
+        return self.plan(self.store.finished)
+
+    def plan(self, finished: Finished) -> list[Slot]:
+        """Return all places, as far as finished cells decide them."""
+        return self.grid.plan(finished)
+
+    def costs(self) -> list[Planned]:
+        """Return every cell with its cost."""
+        return plan_costs(self.grid, self.store)
+
+    def collect(self) -> StudyRecord:
+        """Make the table of the cells finished so far; see `collect_study`."""
+        return collect_study(self)
 
 
-def open_study(kind: Kind, path: Path, out: Path | None, overrides: Sequence[str] = ()) -> Study:
+def open_study(
+    kind: Kind, path: Path, out: Path | None, overrides: Sequence[str] = ()
+) -> Study | KnowledgeStudy:
     """Read a study's recipe and check every cell; nothing is written but digests of texts.
 
     Raises:
         RecipeError: faults of the recipe, or of a cell's.
         DeepenError: a base or a text cannot be used.
     """
+    if kind == "knowledge":
+        return open_knowledge(path, out, overrides)
     recipe: StudyRecipe
     matched = None
     if kind == "baselines":
@@ -65,14 +84,14 @@ def open_study(kind: Kind, path: Path, out: Path | None, overrides: Sequence[str
     return Study(kind=kind, name=path.stem, recipe=recipe, grid=grid, matched=matched, store=store)
 
 
-def compute_study(study: Study, share: Share, reporter: Reporter) -> Outcome:
+def compute_study(study: Study | KnowledgeStudy, share: Share, reporter: Reporter) -> Outcome:
     """Compute what is missing of a share, and write the table and the page of what is finished by the end.
 
     Raises:
         DeepenError: a cell cannot be computed, or the study was stopped; those finished stay.
     """
     try:
-        outcome = run_cells(study.store, study.grid.plan, share, reporter)
+        outcome = run_cells(study.store, study.plan, share, reporter)
     except DeepenError:
         if study.store.study.is_dir():
             write_study(study)
@@ -82,14 +101,14 @@ def compute_study(study: Study, share: Share, reporter: Reporter) -> Outcome:
     return outcome
 
 
-def write_study(study: Study) -> StudyRecord:
+def write_study(study: Study | KnowledgeStudy) -> StudyRecord | KnowledgeRecord:
     """Write `study.json` and `report.html` of the cells finished so far.
 
     Raises:
         DataError: a record is malformed.
         OutputError: they cannot be written.
     """
-    record = collect_study(study)
+    record = study.collect()
     study.store.study.mkdir(parents=True, exist_ok=True)
     write_file(study.store.study / "study.json", record.model_dump_json(indent=1) + "\n")
     write_study_report(study.store.study)
