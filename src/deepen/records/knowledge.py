@@ -7,7 +7,6 @@ from pydantic import Field
 from deepen.records.comparison import Comparison
 from deepen.records.provenance import Provenance
 from deepen.records.record import Record
-from deepen.records.results import 
 
 
 class KnowledgeRow(Record):
