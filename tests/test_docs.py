@@ -32,9 +32,9 @@ from deepen.records import (
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    DOCS.rglob("*.md")
-)
+PAGES = [
+    ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md")
+] + sorted(DOCS.rglob("*.md"))
 FENCE = re.compile(r"(<!-- run -->\n+)?^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -200,3 +200,12 @@ def test_internal_links_resolve(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_chinese_readme_has_the_same_commands():
+    def commands(name):
+        text = (ROOT / name).read_text()
+        blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        return [(kind, re.sub(r" +# .*$", "", block, flags=re.MULTILINE)) for kind, block in blocks]
+
+    assert commands("README.zh-CN.md") == commands("README.md")
