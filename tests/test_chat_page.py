@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from urllib.request import urlopen
 
 import pytest
@@ -59,7 +60,13 @@ def address(tmp_path_factory, browser):
     pack = write_pack(BASE, tmp_path_factory.mktemp("page") / "poem", seed=0, size=0.05)
     command = [sys.executable, "-m", "deepen", "chat", str(BASE), "--pack", str(pack)]
     options = ["--web", "--port", "0", "--max-tokens", "24"]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [*command, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    ) as server:
         try:
             yield re.match(r"http://127\.0\.0\.1:\d+/?", server.stdout.readline())[0]
         finally:
