@@ -66,11 +66,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_those_after_it(model, monkeypat
     windows, score, tried = random_windows(LENGTHS), heldout._score, []
 
     def scarce(most):
-        def attempt(model, windows, device):
+        def attempt(model, windows, counted, device):
             tried.append(len(windows))
             if len(windows) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return score(model, windows, device)
+            return score(model, windows, counted, device)
 
         monkeypatch.setattr(heldout, "_score", attempt)
 

@@ -10,7 +10,14 @@ import yaml
 from tiny_run import sentences, write_base
 
 from deepen.cli import main
-from deepen.config import AblationRecipe, BaselinesRecipe, DomainSection, KnowledgeRecipe, load_document
+from deepen.config import (
+    AblationRecipe,
+    BaselinesRecipe,
+    ContinualRecipe,
+    DomainSection,
+    KnowledgeRecipe,
+    load_document,
+)
 from deepen.errors import DataError, RecipeError
 from deepen.evaluation import compare_runs
 from deepen.pipeline import run as pipeline_run
@@ -275,6 +282,7 @@ def test_a_missing_text_is_said_at_once(place):
 KINDS = {
     "baselines-small": BaselinesRecipe,
     "ablation-small": AblationRecipe,
+    "continual-small": ContinualRecipe,
     "knowledge-small": KnowledgeRecipe,
     "law": BaselinesRecipe,
 }

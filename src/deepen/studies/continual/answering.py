@@ -53,7 +53,7 @@ def answer_tasks(
         for task in missing:
             reporter.stage(f"answering {task.name}")
             chat = LiveChat(
-                model,
+                lambda: model,
                 tokenizer,
                 subject.model.digest,
                 max_new_tokens=task.answer_tokens,
