@@ -1,3 +1,4 @@
+import html
 import json
 import re
 
@@ -51,6 +52,20 @@ def test_what_is_cut_is_said(recipe, capsys):
     assert re.search(r"talk: 4 conversations, \d+ tokens, \d+ learned; 1 cut at the end", shown)
     assert "95% have at most" in shown
     assert "chat template: zephyr; an epoch is 4 windows, the run 2 steps" in shown
+
+
+def test_the_page_greys_what_is_not_learned(tmp_path, recipe, capsys):
+    page = tmp_path / "preview.html"
+    facts = preview(capsys, recipe, "--set", "sft.sequence_length=64", "--html", page)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    windows = re.findall(r'<pre class="window">(.*?)</pre>', page.read_text(), re.DOTALL)
+    assert len(windows) == len(facts["examples"]) == 2
+    for window, example in zip(windows, facts["examples"], strict=True):
+        shown = re.findall(r'<span class="learned [^"]*"[^>]*>(.*?)</span>', window, re.DOTALL)
+        ids = [i for i, mark in zip(example["token_ids"], example["trained"], strict=True) if mark]
+        assert html.unescape("".join(shown)) == tokenizer.decode(ids)
+        assert "write the" in re.sub(r'<span class="learned.*?</span>', "", window, flags=re.DOTALL)
+    assert "chat template: zephyr" in page.read_text()
 
 
 def test_both_stages_can_be_seen(recipe, capsys):

@@ -11,6 +11,7 @@ from deepen.cli.output import print_json
 
 if TYPE_CHECKING:
     from deepen.data.corpus import Corpus
+    from deepen.data.preview import Example
 
 
 class Stage(StrEnum):
@@ -78,6 +79,7 @@ def show(
     stage: Annotated[
         Stage | None, typer.Option(help="Part of the run; default: sft if the recipe has it.")
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write them as a page, too.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the tokens, the packing and the loss mask, as the model will see them."""
@@ -97,19 +99,31 @@ def show(
         else:
             shown = preview_texts(asked, tokenizer, step - 1, reporter)
     examples = shown.examples[:windows]
+    if html is not None:
+        _write_page(html, examples, shown.lines, tokenizer)
     if as_json:
         print_json({"examples": examples, **shown.facts})
         return
     for number, example in enumerate(examples, start=1):
         print_example(example, number, tokenizer)
-    shown.conclude()
+    print(*shown.lines, *([html] if html else []), sep="\n")
+
+
+def _write_page(path: Path, examples: "Sequence[Example]", facts: Sequence[str], tokenizer: Any) -> None:
+    from deepen.cli.preview import describe_window
+    from deepen.report import write_preview_page
+
+    windows = [
+        describe_window(example, number, tokenizer) for number, example in enumerate(examples, start=1)
+    ]
+    write_preview_page(path, examples[0].stage, windows, facts)
 
 
 def _print_prepared(facts: dict[str, Any]) -> None:
-    from deepen.cli.preview import print_packing
+    from deepen.cli.preview import packing_lines
 
     if facts["ready"]:
-        print_packing(facts)
+        print(*packing_lines(facts), sep="\n")
         return
     for source in facts["sources"]:
         print(f"{source['name']}: {'ready' if source['ready'] else 'waits for other pieces'}")

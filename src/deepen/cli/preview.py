@@ -1,6 +1,6 @@
 """Training windows in words and colours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from deepen.data.preview import Example, preview
 from deepen.pipeline.plan import windows_per_step
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.texts import Texts, corpus_cache, prepare_texts
+from deepen.report import PreviewPiece, PreviewWindow
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Shown:
     Attributes:
         examples: the windows of one step.
         facts: about all there are.
-        conclude: prints the facts in words.
+        lines: the facts in words.
     """
 
     examples: list[Example]
     facts: dict[str, Any]
-    conclude: Callable[[], None]
+    lines: list[str]
 
 
 def preview_texts(recipe: Recipe, tokenizer: Any, step: int, reporter: Reporter) -> Shown:
@@ -39,7 +40,7 @@ def preview_texts(recipe: Recipe, tokenizer: Any, step: int, reporter: Reporter)
     labels = [source.label for source in data.sources]
     facts = describe_sources(recipe, texts, texts.corpora)
     examples = preview(texts.mixture, labels, step=step, windows=windows_per_step(recipe))
-    return Shown(examples, facts, lambda: print_packing(facts))
+    return Shown(examples, facts, list(packing_lines(facts)))
 
 
 def describe_sources(recipe: Recipe, texts: Texts | None, corpora: Sequence[Corpus | None]) -> dict[str, Any]:
@@ -77,45 +78,60 @@ def describe_sources(recipe: Recipe, texts: Texts | None, corpora: Sequence[Corp
     }
 
 
-def print_packing(facts: dict[str, Any]) -> None:
+def packing_lines(facts: dict[str, Any]) -> Iterator[str]:
     """Say how each source is packed, and what an epoch is."""
     for source in facts["sources"]:
         count = source["packing"]
-        print(
+        yield (
             f"{source['name']}: {human_count(source['tokens'])} tokens, {source['documents']:,} documents "
             f"({count.cut / count.documents:.1%} cut), {count.windows:,} windows, "
             f"{count.padding / count.places:.2%} padding, {count.trained / count.places:.2%} trained"
         )
     masks = "document masks" if facts["document_masks"] else "no document masks"
     asked = f" ({facts['epochs']:g}: {facts['steps']:,} steps)" if facts["steps"] else ""
-    print(f"an epoch is {facts['windows_per_epoch']:,} windows{asked}; packing {facts['packing']}, {masks}")
+    yield f"an epoch is {facts['windows_per_epoch']:,} windows{asked}; packing {facts['packing']}, {masks}"
 
 
 def print_example(example: Example, number: int, tokenizer: Any) -> None:
     """Print a window: a colour a document, a bar before each, grey or dim what is not trained."""
-    length = len(example.token_ids) - 1
+    window = describe_window(example, number, tokenizer)
     text = Text()
-    for begin, end in _spans(example):
-        text.append("▌" if begin in example.starts else "", style="bold white")
-        style = ("cyan", "yellow")[sum(start <= begin for start in example.starts) % 2]
-        if not example.trained[begin]:
+    for piece in window.pieces:
+        text.append("▌" if piece.begins else "", style="bold white")
+        style = ("cyan", "yellow")[piece.document % 2]
+        if not piece.trained:
             # Of a text the few ids that are not trained stand out; of a conversation most of them are not.
             style = "bright_black" if example.stage == "sft" else f"{style} dim underline"
-        text.append(tokenizer.decode(example.token_ids[begin:end]), style=style)
-    if example.padding:
-        text.append(f"▌[padding × {example.padding}]", style="dim")
-    documents = len(example.starts) - (example.padding > 0)
-    noun = "conversation" if example.stage == "sft" else "document"
+        text.append(piece.text, style=style)
+    if window.padding:
+        text.append(f"▌[padding × {window.padding}]", style="dim")
     console = Console(highlight=False, soft_wrap=True)
-    counted = f"1 {noun}" if documents == 1 else f"{documents} {noun}s"
-    counted += "" if example.stage == "sft" else " or pieces of one"
-    console.print(
-        f"window {number}: {example.source} {example.window}, {counted}, "
-        f"{sum(example.trained)} of {length} targets trained",
-        style="bold",
-    )
+    console.print(window.title, style="bold")
     console.print(text)
     console.print()
+
+
+def describe_window(example: Example, number: int, tokenizer: Any) -> PreviewWindow:
+    """Return a window in words."""
+    documents = len(example.starts) - (example.padding > 0)
+    noun = "conversation" if example.stage == "sft" else "document"
+    counted = f"1 {noun}" if documents == 1 else f"{documents} {noun}s"
+    counted += "" if example.stage == "sft" else " or pieces of one"
+    pieces = tuple(
+        PreviewPiece(
+            text=tokenizer.decode(example.token_ids[begin:end]),
+            tokens=end - begin,
+            trained=bool(example.trained[begin]),
+            document=sum(start <= begin for start in example.starts),
+            begins=begin in example.starts,
+        )
+        for begin, end in _spans(example)
+    )
+    title = (
+        f"window {number}: {example.source} {example.window}, {counted}, "
+        f"{sum(example.trained)} of {len(example.token_ids) - 1} targets trained"
+    )
+    return PreviewWindow(title=title, pieces=pieces, padding=example.padding)
 
 
 def _spans(example: Example) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Windows of conversations, and what was made of the sets they are from."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from deepen.checkpoint import read_config, resolve_base
@@ -24,7 +25,7 @@ def preview_conversations(recipe: Recipe, tokenizer: Any, step: int, reporter: R
     examples = preview(found.mixture, labels, step=step, windows=section.batch, stage="sft")
     facts = _describe(labels, found)
     facts["steps"] = found.mixture.steps(section.epochs, section.batch)
-    return Shown(examples, facts, lambda: _print(facts))
+    return Shown(examples, facts, list(_lines(facts)))
 
 
 def _describe(labels: list[str], found: Conversations) -> dict[str, Any]:
@@ -47,19 +48,19 @@ def _describe(labels: list[str], found: Conversations) -> dict[str, Any]:
     }
 
 
-def _print(facts: dict[str, Any]) -> None:
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
     for one in facts["sets"]:
         counts, packing = one["counts"], one["packing"]
         for line in one["forms"]:
-            print(f"{one['name']}: {line}")
-        print(f"{one['name']}: {counts.line()}")
-        print(
+            yield f"{one['name']}: {line}"
+        yield f"{one['name']}: {counts.line()}"
+        yield (
             f"{one['name']}: {counts.median:,} tokens in the middle conversation, 95% have at most "
             f"{counts.most:,}, the longest {counts.longest:,}; {packing.windows:,} windows of "
             f"{facts['sequence_length']:,}, {packing.padding / packing.places:.2%} padding, "
             f"{packing.trained / packing.places:.2%} trained"
         )
-    print(
+    yield (
         f"chat template: {facts['template']}; an epoch is {facts['windows_per_epoch']:,} windows, "
         f"the run {facts['steps']:,} steps"
     )

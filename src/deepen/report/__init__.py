@@ -5,6 +5,7 @@ from deepen.report.comparison import describe_differences, print_table, render_t
 from deepen.report.complete import complete_pages
 from deepen.report.continual import print_continual, write_continual_report
 from deepen.report.page import write_report
+from deepen.report.preview import PreviewPiece, PreviewWindow, write_preview_page
 from deepen.report.read import RunReport, read_run
 from deepen.report.retention import finding, p_value
 from deepen.report.study import print_study, read_study, render_study, write_study_report
@@ -12,6 +13,8 @@ from deepen.report.watch import WatchServer
 from deepen.report.worth import print_worth, render_worth, write_worth_page
 
 __all__ = [
+    "PreviewPiece",
+    "PreviewWindow",
     "RunReport",
     "WatchServer",
     "complete_pages",
@@ -30,6 +33,7 @@ __all__ = [
     "write_card",
     "write_comparison_page",
     "write_continual_report",
+    "write_preview_page",
     "write_report",
     "write_study_report",
     "write_worth_page",
