@@ -46,8 +46,8 @@ class _LazyGroup(TyperGroup):
             return None
         command = typer.main.get_command(import_module(COMMANDS[cmd_name]).app)
         command.name = cmd_name
-        # Whole in the list of commands, not cut short.
-        command.short_help = command.help
+        # Its first paragraph whole in the list of commands, not cut short.
+        command.short_help = (command.help or "").partition("\n\n")[0]
         return command
 
 
