@@ -92,6 +92,13 @@ def products(job):
     return counter.get_total_flops() / job.length
 
 
+def test_a_job_that_parts_its_documents_stores_a_mask_and_computes_the_same(config):
+    plain = job_of(config, INTERLEAVED)
+    whole, parted = (measure(replace(plain, document_masks=m), find_device("cpu")) for m in (False, True))
+    assert parted.flops == whole.flops
+    assert parted.step.peak >= whole.step.peak
+
+
 REAL = {
     "interleaved": (INTERLEAVED, {}),
     "suffix, two passes": (SUFFIX, {"micro": 1}),

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from deepen.model.structure import blocks_of, family_of
 from deepen.planner.devices import Device, device_table
-from deepen.planner.ghost import Ghost, embody, file_bytes, meta_base, prepare_ghost, real_masks
+from deepen.planner.ghost import Ghost, embody, file_bytes, meta_base, one_document, prepare_ghost
 from deepen.planner.job import Job
 from deepen.planner.memory import Memory, device_memory
 from deepen.planner.speed import Span, Speed, step_seconds
@@ -131,7 +131,7 @@ def measure(job: Job, device: Device) -> Measured:
     """
     precision = job.precision(device.kind)
     base = meta_base(job, precision)
-    with real_masks(job):
+    with one_document():
         full = _count(base, job).total
         ghost = prepare_ghost(job, base, precision)
         cost = _count(ghost.model, job)
@@ -157,6 +157,17 @@ def measure(job: Job, device: Device) -> Measured:
         largest_block=max(whole for _, _, whole in sizes),
         disk=disk,
     )
+
+
+def count_training(job: Job) -> tuple[int, float]:
+    """Return how many parameters train, and the FLOPs of each token with no block computed again.
+
+    Raises:
+        DeepenError: as `measure`.
+    """
+    with one_document():
+        ghost = prepare_ghost(job, meta_base(job, "fp32"), "fp32")
+        return ghost.trainable, _count(ghost.model, job).total
 
 
 def least_memory(job: Job, device: Device) -> Memory:

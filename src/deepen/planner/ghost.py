@@ -6,7 +6,7 @@ dtypes and nothing is computed. They stand for the CPU's, whose fused attention 
 
 import importlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -82,7 +82,7 @@ def prepare_ghost(job: Job, base: PreTrainedModel, precision: str) -> Ghost:
         TrainingError: the method does not work on it.
     """
     count = count_parameters_of(base)
-    with torch.device("meta"), real_masks(job):
+    with torch.device("meta"), one_document():
         parameters = _prepare(job, base)
     compute = torch.bfloat16 if precision == "bf16" else None
     return Ghost(model=base.train(), parameters=parameters, base=count, compute=compute)
@@ -169,13 +169,19 @@ def embody(ghost: Ghost, bits: int | None) -> Ghost:
 
 
 @contextmanager
-def real_masks(job: Job) -> Iterator[None]:
+def one_document() -> Iterator[None]:
     """Have transformers take positions for 0, 1, 2, …, where it would have to look at values."""
-    with ExitStack() as stack:
-        masking = importlib.import_module("transformers.masking_utils")
-        if not job.document_masks and hasattr(masking, "find_packed_sequence_indices"):
-            stack.enter_context(patch.object(masking, "find_packed_sequence_indices", lambda _: None))
+    masking = importlib.import_module("transformers.masking_utils")
+    if not hasattr(masking, "find_packed_sequence_indices"):
         yield
+        return
+    with patch.object(masking, "find_packed_sequence_indices", lambda _: None):
+        yield
+
+
+def real_masks(job: Job) -> AbstractContextManager[None]:
+    """Have windows masked as the job's will be: a job that parts its documents stores a mask."""
+    return nullcontext() if job.document_masks else one_document()
 
 
 class _Packed(nn.Module):

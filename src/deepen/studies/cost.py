@@ -1,19 +1,12 @@
 """What a run will cost, before anything is spent."""
 
 from dataclasses import dataclass
-from unittest.mock import patch
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, masking_utils
-
-from deepen.expansion.config_json import expand_config
-from deepen.methods import build_method
-from deepen.model.structure import blocks_of, family_of
+from deepen.pipeline.cost import job_of_run
 from deepen.pipeline.plan import Outline
+from deepen.planner.estimate import count_training
 from deepen.studies.cells import Store
 from deepen.studies.grid import Grid
-from deepen.training.flops import count_flops
-from deepen.training.parallel import Root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +31,8 @@ class Cost:
 
 def estimate_cost(outline: Outline) -> Cost:
     """Count on a model without numbers: no weight is read, no memory taken."""
-    base = outline.base
-    settings = base.checkpoint.config
-    if outline.layout:
-        settings = expand_config(settings, base.family, outline.layout)
-    # On the meta device transformers cannot look whether positions begin anew; here they do not.
-    with torch.device("meta"), patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-        blocks = list(blocks_of(model, family_of(model)))
-        if outline.layout and outline.train.method == "blocks":
-            model.requires_grad_(False)
-            for index in outline.layout.new_indices:
-                blocks[index].requires_grad_(True)
-        else:
-            build_method(outline.train).prepare(model)
-        cost = count_flops(Root(model), model, blocks, outline.length)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Cost(trainable=trained, tokens=outline.known_tokens, flops_per_token=cost.total)
+    trainable, flops = count_training(job_of_run(outline))
+    return Cost(trainable=trainable, tokens=outline.known_tokens, flops_per_token=flops)
 
 
 @dataclass(frozen=True, kw_only=True)
