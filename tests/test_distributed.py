@@ -97,6 +97,8 @@ def copy_after_two_steps(finished, run):
 
 def process(*command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # transformers reads files by threads; after many runs in one process PyTorch's pool failed there.
+    environment["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=600, env=environment
     )
