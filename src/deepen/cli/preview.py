@@ -36,10 +36,12 @@ class Shown:
 def preview_texts(recipe: Recipe, tokenizer: Any, step: int, reporter: Reporter) -> Shown:
     """Look at a step of training on texts, counted from 0."""
     texts = prepare_texts(recipe, tokenizer, corpus_cache(recipe), reporter)
-    data, _ = recipe.training()
+    data, train = recipe.training()
     labels = [source.label for source in data.sources]
     facts = describe_sources(recipe, texts, texts.corpora)
-    examples = preview(texts.mixture, labels, step=step, windows=windows_per_step(recipe))
+    examples = preview(
+        texts.mixture, labels, step=step, windows=windows_per_step(train, data.sequence_length)
+    )
     return Shown(examples, facts, list(packing_lines(facts)))
 
 
@@ -73,7 +75,9 @@ def describe_sources(recipe: Recipe, texts: Texts | None, corpora: Sequence[Corp
         "document_masks": data.document_masks,
         "windows_per_epoch": texts.mixture.windows_per_epoch,
         "epochs": epochs,
-        "steps": texts.mixture.steps(epochs, windows_per_step(recipe)) if epochs else None,
+        "steps": texts.mixture.steps(epochs, windows_per_step(train, data.sequence_length))
+        if epochs
+        else None,
         "findings": findings,
     }
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from deepen.checkpoint import read_json, resolve_config
 from deepen.config import TrainSection
-from deepen.errors import CheckpointError, DeepenError, TrainingError
+from deepen.errors import CheckpointError, TrainingError
 from deepen.expansion import plan_layout
 from deepen.families import family_for
-from deepen.pipeline.plan import Outline, default_micro_batch
+from deepen.pipeline.plan import Outline, default_micro_batch, windows_per_step
 from deepen.planner.devices import Device, this_device
 from deepen.planner.estimate import least_memory
 from deepen.planner.job import Job
@@ -60,7 +60,7 @@ def job_of_model(
             else f"--blocks: method {train.method} trains on the base itself"
         )
     source = resolve_config(model)
-    windows = max(1, round(train.batch_tokens / length))
+    windows = windows_per_step(train, length)
     micro = train.micro_batch or default_micro_batch(length)
     return Job(
         source=source,
@@ -86,9 +86,7 @@ def check_fits(outline: Outline) -> None:
         return  # a small model: nothing has to be run to know
     try:
         memory = least_memory(job_of_run(outline, devices), device)
-    except DeepenError:
-        return  # the run itself says what is wrong, at the place where it is
-    except Exception:  # an estimate that cannot be made keeps no run from starting
+    except Exception:  # an estimate that cannot be made keeps no run from starting, which says what is wrong
         return
     if memory.fits is False:
         raise TrainingError(

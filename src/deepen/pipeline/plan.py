@@ -148,7 +148,7 @@ def plan_run(recipe: Recipe) -> Outline:
     if faults:
         raise RecipeError("\n".join(faults))
     stage = _stage(recipe, base)
-    train, windows = stage.train, max(1, round(stage.train.batch_tokens / stage.length))
+    train, windows = stage.train, windows_per_step(stage.train, stage.length)
     micro = train.micro_batch or default_micro_batch(stage.length)
     return Outline(
         **vars(stage),
@@ -235,10 +235,9 @@ def count_steps(outline: Outline, mixture: "Mixture") -> RunPlan:
     )
 
 
-def windows_per_step(recipe: Recipe) -> int:
-    """Return how many windows come nearest to `train.batch_tokens`."""
-    data, train = recipe.training()
-    return max(1, round(train.batch_tokens / data.sequence_length))
+def windows_per_step(train: TrainSection, length: int) -> int:
+    """Return how many windows of so many tokens come nearest to `train.batch_tokens`."""
+    return max(1, round(train.batch_tokens / length))
 
 
 def default_micro_batch(length: int) -> int:

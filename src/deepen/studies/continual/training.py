@@ -15,6 +15,7 @@ from deepen.data.batches import Mixture
 from deepen.data.conversation_build import mix_conversations
 from deepen.data.conversation_corpus import ConversationCorpus
 from deepen.data.document_masks import check_document_masks
+from deepen.pipeline.plan import default_micro_batch
 from deepen.pipeline.reporter import Reporter
 from deepen.records import LearnedTask
 from deepen.studies.continual.models import Learner
@@ -28,7 +29,6 @@ from deepen.training.signals import stop_on_signal
 TRAINED: Final = "trained"
 LEARNED: Final = "learned.json"
 _CHECKPOINTS: Final = "checkpoints"
-_MICRO_TOKENS: Final = 16_384
 
 
 def mix_task(corpora: Sequence[ConversationCorpus], asked: SequenceMethod, length: int, seed: int) -> Mixture:
@@ -121,7 +121,7 @@ def _settings(
 ) -> Settings:
     windows = min(recipe.batch, mixture.windows_per_epoch)
     steps = mixture.steps(epochs, windows)
-    micro = recipe.micro_batch or max(1, _MICRO_TOKENS // mixture.sequence_length)
+    micro = recipe.micro_batch or default_micro_batch(mixture.sequence_length)
     return Settings(
         steps=steps,
         windows=windows,
