@@ -18,7 +18,8 @@ LlamaFactory = Callable[..., Path]
 def data_dir() -> Path:
     """Real data and models; tests that need them are skipped, saying so, where they are absent."""
     default = Path(__file__).parents[2] / "shared" / "data"
-    directory = Path(os.environ.get("DEEPEN_TEST_DATA", default))
+    # Absolute: tests link to it, and run commands in directories of their own.
+    directory = Path(os.environ.get("DEEPEN_TEST_DATA", default)).resolve()
     if not directory.is_dir():
         pytest.skip(f"no test data at {directory}: set DEEPEN_TEST_DATA")
     return directory
