@@ -106,6 +106,12 @@ REAL = {
     "freeze, again, two passes": (None, {"method": "freeze", "recompute": "full", "micro": 1}),
     "lora": (None, {"method": "lora"}),
 }
+ANCHORED = {
+    "interleaved": (INTERLEAVED, {"windows": 4, "anchor": {"share": 0.5}}),
+    "suffix, an anchor of many windows": (SUFFIX, {"anchor": {"share": 4}, "micro": 8}),
+    "lora": (None, {"method": "lora", "anchor": {}}),
+    "full, with a copy of the base": (None, {"method": "full", "anchor": {"share": 1}}),
+}
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -129,6 +135,23 @@ def test_the_plan_is_what_pytorch_allocates_and_computes(name, config):
     assert found.parameters.base == sum(
         p.numel() for p in trained_model(job_of(config, None, method="full"), "fp32", CPU)[0].parameters()
     )
+
+
+@pytest.mark.parametrize("name", ANCHORED)
+def test_what_an_anchor_adds_is_planned_too(name, config):
+    layout, options = ANCHORED[name]
+    job = job_of(config, layout, **options)
+    found = measure(job, find_device("cpu"))
+    assert found.step.peak == pytest.approx(allocated(job), rel=0.01)
+    work = FlopCounterMode(display=False)
+    with work:
+        time_steps(job, CPU, steps=2)
+    assert found.step.work.products == pytest.approx(work.get_total_flops() / 2, rel=0.02)
+    learned = job.windows * job.length
+    done = (found.step.work.products + found.step.work.attention) / learned
+    assert found.flops.total == pytest.approx(done, rel=0.02)
+    plain = measure(replace(job, train=job.train.model_copy(update={"anchor": None})), find_device("cpu"))
+    assert (plain.flops.anchor, found.flops.step) == (0, plain.flops.step)
 
 
 def test_full_fine_tuning_is_three_passes_of_everything(config):

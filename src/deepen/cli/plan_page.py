@@ -31,13 +31,14 @@ def _job(facts: Mapping[str, Any]) -> list[str]:
     shares = f"{job['devices']} × " if job["devices"] > 1 else ""
     cut = ", model cut over them" if job["cut_over_devices"] else ""
     again = f"; {len(job['computed_again'])} blocks computed again" if job["computed_again"] else ""
+    anchor = f", {flops['anchor'] / 1e9:.4g} for the anchor" if flops["anchor"] else ""
     return [
         f"{facts['model']}: {job['method']}, {job['precision']}, on {shares}{job['device']}{cut}",
         f"layout      {job['layout'] or 'the base as it is'}",
         f"parameters  {human_count(counts['base'])} base + {human_count(counts['new'])} new; "
         f"{human_count(counts['trainable'])} train",
         f"compute     {flops['total'] / 1e9:.4g} GFLOP a token ({flops['forward'] / 1e9:.4g} forward, "
-        f"{flops['backward'] / 1e9:.4g} backward), {share:.2f} × full fine-tuning{again}",
+        f"{flops['backward'] / 1e9:.4g} backward{anchor}), {share:.2f} × full fine-tuning{again}",
         f"step        {job['windows_per_step']} windows × {job['sequence']} tokens, "
         f"{job['micro_batch']} a forward pass",
     ]

@@ -30,6 +30,10 @@ class AnchorSection(Section):
     temperature: Positive = 1.0
     """For `self`: divides the logits that are drawn from; 1 is the base's own distribution."""
 
+    def windows(self, windows: int) -> int:
+        """Return how many windows of the anchor go with a step of so many."""
+        return max(1, round(self.share * windows))
+
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     "paper": {

@@ -164,7 +164,9 @@ def switch(model: PreTrainedModel, state: State, names: Sequence[str]) -> None:
 def _following(block: nn.Module, origin: nn.Module) -> nn.Module:
     """Bring a block to where its origin is, and into its mode: inactive ones do not follow the model."""
     device = next(origin.parameters()).device
-    return block.to(device).train(origin.training)
+    if any(held.device != device for held in (*block.parameters(), *block.buffers())):
+        block.to(device)
+    return block.train(origin.training)
 
 
 def stacked_layout(

@@ -74,7 +74,7 @@ class Outline(Stage):
     def anchor_windows(self) -> int:
         """Windows of the anchor in one step; 0 without one."""
         anchor = self.train.anchor
-        return max(1, round(anchor.share * self.windows)) if anchor else 0
+        return anchor.windows(self.windows) if anchor else 0
 
     @property
     def known_tokens(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +17,19 @@ from transformers import LlamaConfig, PreTrainedModel
 from deepen.config import TrainSection
 from deepen.errors import TrainingError
 from deepen.expansion import plan_layout
+from deepen.methods import build_method
+from deepen.methods.base import base_inside
 from deepen.model.structure import blocks_of, family_of
 from deepen.planner.devices import Device
-from deepen.planner.ghost import embody, meta_base, prepare_ghost, trained_model
+from deepen.planner.ghost import embody, meta_base, prepare_ghost, trained_model, untrained_base
 from deepen.planner.job import Job
 from deepen.planner.speed import Speed
 from deepen.planner.step import Work, run_step
+from deepen.training.anchor import Anchor
 from deepen.training.interface import Hooks, Settings
 from deepen.training.loop import train
 from deepen.training.optimizer import build_optimizer
+from deepen.training.prefix import Prefix, find_prefix
 from deepen.training.recompute import recompute
 
 # Width, inner width, blocks, words, windows, tokens of a window: of a CPU, and of an accelerator.
@@ -125,8 +130,34 @@ def time_steps(job: Job, device: torch.device, steps: int = _STEPS) -> list[floa
     hooks = Hooks(
         log=lambda report: seconds.append(report.seconds), evaluate=_nothing, save=_nothing, stop=bool
     )
-    train(model, parameters, optimizer, _batches(job, model), _settings(job, precision, steps), hooks)
+    batches, settings = _batches(job, model), _settings(job, precision, steps)
+    anchor = _anchor(job, model, precision)
+    train(model, parameters, optimizer, batches, settings, hooks, anchor=anchor)
     return seconds[_WARM:]
+
+
+def _anchor(job: Job, model: PreTrainedModel, precision: str) -> Anchor | None:
+    """Hold the model to its base on random tokens."""
+    section = job.train.anchor
+    if section is None:
+        return None
+    inside = base_inside(build_method(job.train))
+    if inside is None:
+        copy = untrained_base(job, precision == "fp32", model.device).requires_grad_(False)
+    return Anchor(
+        batch_at=_batches(job, model),
+        windows=job.anchor_windows,
+        weight=section.weight,
+        base=inside or (lambda _: nullcontext(copy)),
+        prefix=_prefix(model, precision) if inside else None,
+    )
+
+
+def _prefix(model: PreTrainedModel, precision: str) -> Prefix | None:
+    try:
+        return find_prefix(model, torch.bfloat16 if precision == "bf16" else None)
+    except TrainingError:
+        return None
 
 
 def _jobs(scratch: Path, kind: str) -> Iterator[Job]:
@@ -159,8 +190,9 @@ def _jobs(scratch: Path, kind: str) -> Iterator[Job]:
 
 def _batches(job: Job, model: PreTrainedModel) -> Any:
     words = int(model.get_input_embeddings().weight.shape[0])
-    tokens = np.random.default_rng(0).integers(0, words, (job.windows, job.length + 1))
-    return lambda step, windows: _Batch(tokens, np.zeros(windows, dtype=np.int64))
+    count = max(job.windows, job.anchor_windows)
+    tokens = np.random.default_rng(0).integers(0, words, (count, job.length + 1))
+    return lambda step, windows: _Batch(tokens[:windows], np.zeros(windows, dtype=np.int64))
 
 
 def _settings(job: Job, precision: str, steps: int) -> Settings:

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import torch
 from transformers import PreTrainedModel
 
 from deepen.model.structure import blocks_of, family_of
+from deepen.planner.anchored import anchor_of
 from deepen.planner.devices import Device, device_table
 from deepen.planner.ghost import Ghost, embody, file_bytes, meta_base, one_document, prepare_ghost
 from deepen.planner.job import Job
@@ -14,6 +16,7 @@ from deepen.planner.memory import Memory, device_memory
 from deepen.planner.speed import Span, Speed, step_seconds
 from deepen.planner.step import Step, measure_ghost, run_step
 from deepen.records import Parameters
+from deepen.training.anchor import anchor_flops
 from deepen.training.flops import TokenCost, count_flops
 from deepen.training.parallel import Root
 from deepen.training.recompute import MARGIN, BlockMemory, choose_blocks, recompute
@@ -30,17 +33,24 @@ class Flops:
     Attributes:
         forward: of one forward pass.
         backward: of gradients, and of blocks that are computed again.
+        anchor: of holding the model to its base, for each token that is learned; 0 without an anchor.
         full_finetune: of training the whole base instead, nothing computed again.
     """
 
     forward: float
     backward: float
+    anchor: float
     full_finetune: float
 
     @property
-    def total(self) -> float:
-        """Those of a step."""
+    def step(self) -> float:
+        """Those of the tokens that are learned."""
         return self.forward + self.backward
+
+    @property
+    def total(self) -> float:
+        """All."""
+        return self.step + self.anchor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +99,8 @@ class Measured:
         step: on one device alone.
         other: the same with another micro-batch.
         turned: the same with every block computed again; with none where every block is already.
-        cost: FLOPs with nothing computed again.
+        cost: FLOPs with nothing computed again, and no anchor.
+        anchor: FLOPs a token of the anchor, for each token that is learned.
         full: FLOPs a token of training the whole base.
         blocks: what each block stores.
         again: blocks computed again.
@@ -105,6 +116,7 @@ class Measured:
     other: tuple[int, Step]
     turned: Step
     cost: TokenCost
+    anchor: float
     full: float
     blocks: tuple[BlockMemory, ...]
     again: tuple[int, ...]
@@ -118,7 +130,12 @@ class Measured:
         """FLOPs for each token, what is computed again included."""
         again = sum(self.cost.blocks[index].again for index in self.again)
         forward = self.cost.forward
-        return Flops(forward=forward, backward=self.cost.total - forward + again, full_finetune=self.full)
+        return Flops(
+            forward=forward,
+            backward=self.cost.total - forward + again,
+            anchor=self.anchor,
+            full_finetune=self.full,
+        )
 
 
 def measure(job: Job, device: Device) -> Measured:
@@ -134,7 +151,7 @@ def measure(job: Job, device: Device) -> Measured:
     with one_document():
         full = _count(base, job).total
         ghost = prepare_ghost(job, base, precision)
-        cost = _count(ghost.model, job)
+        cost, anchor = _count(ghost.model, job), _count_anchor(ghost, job)
     sizes = _block_sizes(ghost)
     disk = _disk(ghost, job)
     counted = Parameters(base=ghost.base, new=_new(ghost, job), trainable=ghost.trainable)
@@ -149,6 +166,7 @@ def measure(job: Job, device: Device) -> Measured:
         other=(second, other),
         turned=_turned(ghost, job, stored, again),
         cost=cost,
+        anchor=anchor,
         full=full,
         blocks=tuple(stored),
         again=again,
@@ -167,7 +185,7 @@ def count_training(job: Job) -> tuple[int, float]:
     """
     with one_document():
         ghost = prepare_ghost(job, meta_base(job, "fp32"), "fp32")
-        return ghost.trainable, _count(ghost.model, job).total
+        return ghost.trainable, _count(ghost.model, job).total + _count_anchor(ghost, job)
 
 
 def least_memory(job: Job, device: Device) -> Memory:
@@ -243,6 +261,20 @@ def on_others(found: Measured, device: Device) -> list[tuple[Device, Memory, Cos
 
 def _count(model: PreTrainedModel, job: Job) -> TokenCost:
     return count_flops(Root(model), model, list(blocks_of(model, family_of(model))), job.length)
+
+
+def _count_anchor(ghost: Ghost, job: Job) -> float:
+    """Return the FLOPs of the anchor for each token that is learned."""
+
+    def run() -> None:
+        tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
+        ghost.model.base_model(input_ids=tokens, use_cache=False)
+
+    anchor = anchor_of(ghost, job, run)
+    if anchor is None:
+        return 0.0
+    flops = anchor_flops(Root(ghost.model), ghost.model, ghost.blocks, job.length, anchor)
+    return flops * anchor.windows / job.windows
 
 
 def _choose(ghost: Ghost, job: Job, device: Device) -> tuple[list[BlockMemory], tuple[int, ...]]:

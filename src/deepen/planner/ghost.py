@@ -7,7 +7,7 @@ dtypes and nothing is computed. They stand for the CPU's, whose fused attention 
 import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -22,6 +22,7 @@ from deepen.checkpoint import Checkpoint
 from deepen.errors import CheckpointError, DeepenError
 from deepen.expansion import Fingerprint
 from deepen.methods import WIDE, build_method
+from deepen.methods.base import base_inside
 from deepen.model import DTYPES, insert_blocks
 from deepen.model.pack import model_class
 from deepen.model.structure import blocks_of, family_of
@@ -40,6 +41,7 @@ class Ghost:
         base: number of parameters of the base.
         compute: dtype of autocast, or None for the parameters' own.
         mode: that its tensors belong to; None while they lie on the meta device.
+        reference: the copy of the base that an anchor needs where the method changes the base itself.
     """
 
     model: PreTrainedModel
@@ -47,6 +49,7 @@ class Ghost:
     base: int
     compute: torch.dtype | None
     mode: FakeTensorMode | None = None
+    reference: PreTrainedModel | None = None
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -55,8 +58,9 @@ class Ghost:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers, shared ones once."""
-        held = [*self.model.parameters(), *self.model.buffers()]
+        """Bytes of all parameters and buffers, shared ones once; those of the reference included."""
+        models = [self.model, *([self.reference] if self.reference else [])]
+        held = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
 
     @property
@@ -69,9 +73,9 @@ def meta_base(job: Job, precision: str) -> PreTrainedModel:
     """Build the base on the meta device, in the precision in which a run would hold it.
 
     Raises:
-        CheckpointError: transformers cannot make a model of the config.
+        CheckpointError: as `untrained_base`.
     """
-    return _untrained(job, precision, torch.device("meta"))
+    return untrained_base(job, _is_wide(job, precision), torch.device("meta"))
 
 
 def prepare_ghost(job: Job, base: PreTrainedModel, precision: str) -> Ghost:
@@ -85,14 +89,15 @@ def prepare_ghost(job: Job, base: PreTrainedModel, precision: str) -> Ghost:
     with torch.device("meta"), one_document():
         parameters = _prepare(job, base)
     compute = torch.bfloat16 if precision == "bf16" else None
-    return Ghost(model=base.train(), parameters=parameters, base=count, compute=compute)
+    reference = _reference(job, precision)
+    return Ghost(model=base.train(), parameters=parameters, base=count, compute=compute, reference=reference)
 
 
 def trained_model(
     job: Job, precision: str, device: torch.device
 ) -> tuple[PreTrainedModel, dict[str, nn.Parameter]]:
     """Build the same with values, random ones, on a real device; return it and what of it trains."""
-    model = _untrained(job, precision, device)
+    model = untrained_base(job, _is_wide(job, precision), device)
     return model, _prepare(job, model)
 
 
@@ -102,10 +107,24 @@ def _prepare(job: Job, model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return build_method(job.train).prepare(model)
 
 
-def _untrained(job: Job, precision: str, device: torch.device) -> PreTrainedModel:
+def _reference(job: Job, precision: str) -> PreTrainedModel | None:
+    if job.train.anchor is None or base_inside(build_method(job.train)) is not None:
+        return None
+    return untrained_base(job, precision == "fp32", torch.device("meta")).requires_grad_(False)
+
+
+def _is_wide(job: Job, precision: str) -> bool:
+    return precision == "fp32" or job.train.method in WIDE
+
+
+def untrained_base(job: Job, wide: bool, device: torch.device) -> PreTrainedModel:
+    """Build the base with random values, in fp32 or in the precision of its files.
+
+    Raises:
+        CheckpointError: transformers cannot make a model of the config.
+    """
     try:
         config, auto = model_class(job.source)
-        wide = precision == "fp32" or job.train.method in WIDE
         dtype = torch.float32 if wide else file_dtype(job.source, config)
         with device:
             model: PreTrainedModel = auto.from_config(config, dtype=dtype)
@@ -159,13 +178,13 @@ def embody(ghost: Ghost, bits: int | None) -> Ghost:
         found: torch.Tensor = made[id(tensor)]
         return found
 
-    for module in ghost.model.modules():
-        for held in (module._parameters, module._buffers):
-            named: dict[str, Any] = dict(held)
-            held.update({name: fake(tensor) for name, tensor in named.items() if tensor is not None})
+    for model in (ghost.model, ghost.reference):
+        for module in model.modules() if model else ():
+            for held in (module._parameters, module._buffers):
+                named: dict[str, Any] = dict(held)
+                held.update({name: fake(tensor) for name, tensor in named.items() if tensor is not None})
     named = dict(ghost.model.named_parameters())
-    parameters = {name: named[name] for name in ghost.parameters}
-    return Ghost(model=ghost.model, parameters=parameters, base=ghost.base, compute=ghost.compute, mode=mode)
+    return replace(ghost, parameters={name: named[name] for name in ghost.parameters}, mode=mode)
 
 
 @contextmanager

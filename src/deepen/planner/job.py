@@ -38,6 +38,12 @@ class Job:
         return -(-share // self.micro_batch)
 
     @property
+    def anchor_windows(self) -> int:
+        """Windows of the anchor in one optimiser step; 0 without one."""
+        anchor = self.train.anchor
+        return anchor.windows(self.windows) if anchor else 0
+
+    @property
     def optimiser_steps(self) -> int | None:
         """Steps of the whole run, where its tokens are known."""
         return self.tokens and -(-self.tokens // (self.windows * self.length))

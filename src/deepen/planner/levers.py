@@ -1,7 +1,8 @@
 """What each lever would change, in closed form from what was measured of the job as it is.
 
-Of another layout a block is taken to store and cost what those of its kind do on average, and what is no
-block's to stay as it is; `tests/test_planner.py` holds this to running the step of each.
+Of another layout a block is taken to store and cost what those of its kind do on average, what is no
+block's to stay as it is, and an anchor to cost the same share of a step; `tests/test_planner.py` holds this
+to running the step of each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ def _layouts(found: Measured, device: Device) -> Iterator[Lever]:
             name=name,
             setting=f"--blocks {blocks} --placement {placement}",
             memory=memory,
-            time=flops / found.flops.total,
+            time=flops / found.flops.step,
             note=note,
         )
 
@@ -151,7 +152,7 @@ def _checkpointing(found: Measured, device: Device) -> Iterator[Lever]:
         name="no block computed again" if every else "all blocks computed again",
         setting=f"--checkpointing {'none' if every else 'full'}",
         memory=_memory(found, device, found.turned),
-        time=(found.cost.total + repeated) / found.flops.total,
+        time=(found.cost.total + repeated) / found.flops.step,
         note="same result",
     )
 

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from deepen.planner.anchored import anchor_of
 from deepen.planner.ghost import Ghost, real_masks
 from deepen.planner.job import Job
-from deepen.training.loss import summed_loss
+from deepen.training.anchor import anchor_loss
+from deepen.training.loss import Loss, summed_loss
 from deepen.training.recompute import BlockMemory, measure_blocks
 
 # Bytes read and written for each parameter that trains, in fp32: gradient norms, clipping, the optimiser's
@@ -93,7 +95,9 @@ def run_step(ghost: Ghost, job: Job, micro_batch: int) -> Step:
     watch = _Watch()
     # Decided by the job's own passes, so that micro-batches compare.
     _clear(parameters, watch if job.passes > 1 else None, ghost)
-    _pass(ghost, job, micro_batch, watch)
+    _pass(ghost, job, micro_batch, watch, summed_loss)
+    beside = _Watch()
+    work = watch.work * (share / micro_batch) + _anchored(ghost, job, micro_batch, beside)
     _clear(parameters, None, ghost)
     updating = gradients + _largest_update(ghost)
     traffic = _UPDATE_TRAFFIC * ghost.trainable
@@ -102,23 +106,15 @@ def run_step(ghost: Ghost, job: Job, micro_batch: int) -> Step:
         weights=ghost.weight_bytes,
         gradients=gradients,
         optimizer=moments,
-        peak=ghost.weight_bytes + moments + max(watch.peak, updating),
-        work=watch.work * (share / micro_batch) + update,
+        peak=ghost.weight_bytes + moments + max(watch.peak, beside.peak, updating),
+        work=work + update,
         update_traffic=traffic,
     )
 
 
 def measure_ghost(ghost: Ghost, job: Job, micro_batch: int) -> list[BlockMemory]:
     """Return what each block stores for the gradient of one forward pass."""
-    assert ghost.mode is not None
-    with ghost.mode, real_masks(job):
-        tokens = torch.zeros(micro_batch, job.length, dtype=torch.long)
-
-        def forward() -> None:
-            with _computing(ghost):
-                ghost.model.base_model(input_ids=tokens, use_cache=False)
-
-        return measure_blocks(ghost.blocks, forward)
+    return measure_blocks(ghost.blocks, lambda: _forward(ghost, job, micro_batch))
 
 
 def optimizer_bytes(parameters: Sequence[nn.Parameter], kind: str) -> int:
@@ -133,13 +129,31 @@ def optimizer_bytes(parameters: Sequence[nn.Parameter], kind: str) -> int:
     return total
 
 
-def _pass(ghost: Ghost, job: Job, micro_batch: int, watch: "_Watch") -> None:
+def _anchored(ghost: Ghost, job: Job, micro_batch: int, watch: "_Watch") -> Work:
+    """Run what an anchor adds, beside the gradients that there are by then; return it for a whole step."""
+    anchor = anchor_of(ghost, job, lambda: _forward(ghost, job, 1))
+    if anchor is None:
+        return Work()
+    share = -(-anchor.windows // job.devices)
+    _clear(list(ghost.parameters.values()), watch, ghost)
+    _pass(ghost, job, min(micro_batch, share), watch, anchor_loss(anchor.base, anchor.prefix))
+    return watch.work * (share / min(micro_batch, share))
+
+
+def _forward(ghost: Ghost, job: Job, windows: int) -> None:
+    assert ghost.mode is not None
+    with ghost.mode, real_masks(job), _computing(ghost):
+        tokens = torch.zeros(windows, job.length, dtype=torch.long)
+        ghost.model.base_model(input_ids=tokens, use_cache=False)
+
+
+def _pass(ghost: Ghost, job: Job, micro_batch: int, watch: "_Watch", loss: Loss) -> None:
     assert ghost.mode is not None
     with ghost.mode, real_masks(job), watch:
         tokens = torch.zeros(micro_batch, job.length + 1, dtype=torch.long)
         with _computing(ghost):
-            nll = summed_loss(ghost.model, tokens[:, :-1], tokens[:, 1:])
-        (nll / tokens.numel()).backward()  # type: ignore[no-untyped-call]
+            found = loss(ghost.model, tokens[:, :-1], tokens[:, 1:])
+        (found / tokens.numel()).backward()  # type: ignore[no-untyped-call]
 
 
 def _computing(ghost: Ghost) -> Any:
