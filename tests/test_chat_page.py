@@ -1,8 +1,6 @@
 """The page of `deepen chat --web`, served by the command and used through a real browser without a window."""
 
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -45,18 +43,8 @@ def test_a_token_cannot_be_markup():
 
 
 @pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("gradio", reason="the page needs gradio: pip install 'deepen[web]'")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    chromium = os.environ.get("DEEPEN_CHROMIUM") or shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on this machine: set DEEPEN_CHROMIUM")
-    with playwright.sync_playwright() as running:
-        yield running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-
-
-@pytest.fixture(scope="module")
 def address(tmp_path_factory, browser):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install 'deepen[web]'")
     pack = write_pack(BASE, tmp_path_factory.mktemp("page") / "poem", seed=0, size=0.05)
     command = [sys.executable, "-m", "deepen", "chat", str(BASE), "--pack", str(pack)]
     options = ["--web", "--port", "0", "--max-tokens", "24"]
