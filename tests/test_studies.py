@@ -20,9 +20,10 @@ from deepen.config import (
 )
 from deepen.errors import DataError, RecipeError
 from deepen.evaluation import compare_runs
+from deepen.expansion.layout import least_important
 from deepen.pipeline import run as pipeline_run
 from deepen.pipeline.reporter import Silent
-from deepen.records import EvaluationRecord, RunFacts, StudyRecord, read_record
+from deepen.records import EvaluationRecord, ImportanceRecord, RunFacts, StudyRecord, read_record
 from deepen.report import render_study
 from deepen.studies import engine
 from deepen.studies.engine import Share, run_cells
@@ -251,6 +252,22 @@ def test_an_ablation_has_counts_and_placements_on_its_axes(place, tmp_path, caps
     assert "is not varied" in page
     assert main(["report", out]) == 0
     assert (tmp_path / "study" / "report.html").read_text() == page
+
+
+def test_an_ablation_of_placement_by_importance(place, tmp_path, capsys):
+    record = tmp_path / "importance.json"
+    text = str(place / "general.jsonl")
+    command = ["inspect", str(place / "base"), "--text", text, "--max-tokens", "300", "--out", str(record)]
+    assert main(command) == 0
+    capsys.readouterr()
+    least = least_important(read_record(record, ImportanceRecord).scores, 1)
+    path = recipe(place, "ablation", placements=["importance", "prefix"], counts=[1], importance=str(record))
+    study = open_study("ablation", path, tmp_path / "study", [])
+    found, other = (slot.cell.inputs["layout"] for slot in study.grid.plan(study.store.finished))
+    assert [after for after, _ in found] == least
+    assert other == [[-1, 0]]
+    with pytest.raises(RecipeError, match="needs a record"):
+        open_study("ablation", recipe(place, "ablation", placements=["importance"]), tmp_path / "none", [])
 
 
 @pytest.mark.parametrize(

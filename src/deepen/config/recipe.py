@@ -36,13 +36,16 @@ _TRAINING: Final = ("data", "train")
 _SHARDED_8BIT: Final = "optimizer adamw_8bit: its state cannot be cut over devices; choose parallel: ddp"
 
 
+Placement = Literal["interleaved", "suffix", "prefix", "importance"]
+
+
 class ExpandSection(Section):
     """Which new blocks are added, and where."""
 
     blocks: Count | None = None
     """Number of new blocks."""
 
-    placement: Literal["interleaved", "suffix", "prefix", "importance"] = "interleaved"
+    placement: Placement = "interleaved"
     """`interleaved` (the paper), `suffix` (all at the top), `prefix` (all at the bottom), or `importance`: on
     the base blocks that general ability needs least, as `deepen inspect` has measured."""
 

@@ -1,10 +1,10 @@
 """What a study varies: one recipe for all of its cells, and the axes that fill it in."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from deepen.config.recipe import ExpandSection
+from deepen.config.recipe import ExpandSection, Placement
 from deepen.config.section import Count, Index, Positive, Section, as_tuple
 from deepen.config.texts import Source, TextSet
 
@@ -116,10 +116,24 @@ class AblationRecipe(StudyRecipe):
     counts: Annotated[tuple[Count, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     """Numbers of new blocks."""
 
-    placements: Annotated[
-        tuple[Literal["interleaved", "suffix", "prefix"], ...], BeforeValidator(as_tuple), Field(min_length=1)
-    ] = ("interleaved", "suffix", "prefix")
-    """Where they go."""
+    placements: Annotated[tuple[Placement, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        "interleaved",
+        "suffix",
+        "prefix",
+    )
+    """Where they go: as `expand.placement`."""
+
+    importance: str | None = None
+    """The record that `deepen inspect BASE --out FILE` wrote, for placement `importance`."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if ("importance" in self.placements) != (self.importance is not None):
+            raise ValueError(
+                "placement importance needs a record, importance: FILE, and nothing else does; "
+                "write one with deepen inspect BASE --out FILE"
+            )
+        return self
 
 
 class KnowledgeRecipe(Section):

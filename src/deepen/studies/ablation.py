@@ -4,6 +4,8 @@ What is filled in a new block is not varied: the engine fills all residual write
 model is not the base.
 """
 
+from typing import Any
+
 from deepen.config import AblationRecipe
 from deepen.studies.grid import Grid, Row
 
@@ -22,9 +24,12 @@ def ablation_grid(study: AblationRecipe) -> Grid:
 
 
 def _row(study: AblationRecipe, count: int, placement: str) -> Row:
+    expand: dict[str, Any] = {"blocks": count, "placement": placement}
+    if placement == "importance":
+        expand["importance"] = study.importance
     return Row(
         label=f"{placement}-{count}",
-        settings={"expand": {"blocks": count, "placement": placement}, "train": {"method": "blocks"}},
+        settings={"expand": expand, "train": {"method": "blocks"}},
         rates=study.learning_rates,
         facts={"blocks": count, "placement": placement},
     )
