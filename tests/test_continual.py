@@ -12,11 +12,13 @@ from tiny_run import WORDS, write_base
 from transformers import AutoModelForCausalLM
 
 from deepen.cli import main
+from deepen.cli.output import table_console
 from deepen.config import ContinualRecipe, load_document
 from deepen.errors import DataError, RecipeError, TrainingError
 from deepen.pipeline.reporter import Silent
 from deepen.pipeline.texts import load_tokenizer
-from deepen.records import TaskAnswers
+from deepen.records import ContinualRecord, TaskAnswers, read_record
+from deepen.report import print_continual
 from deepen.studies import engine
 from deepen.studies.continual import sequence
 from deepen.studies.continual.study import (
@@ -239,6 +241,12 @@ def test_prompts_are_cut_in_their_middle(base):
         assert cut[:3] == "fir"
         assert cut[-3:] == "ast"
     assert cut_middle(text, tokenizer, 1000) == text
+
+
+def test_its_table_is_not_cut_where_there_is_no_terminal(capsys):
+    committed = ROOT / "studies" / "records" / "continual-small.json"
+    print_continual(read_record(committed, ContinualRecord), table_console())
+    assert "…" not in capsys.readouterr().out
 
 
 def test_what_was_cut_is_said(recipe, tmp_path, capsys):

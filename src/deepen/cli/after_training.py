@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deepen.cli.output import human_count, print_json
+from deepen.cli.output import human_count, print_json, table_console
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -109,9 +109,7 @@ def worth(
     if as_json:
         print_json(record.model_dump(mode="json"))
         return
-    from rich.console import Console
-
-    print_worth(record, Console())
+    print_worth(record, table_console())
 
 
 def _alpha(text: str) -> float | dict[int, float]:

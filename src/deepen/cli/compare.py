@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deepen.cli.apps import new_app
-from deepen.cli.output import print_json
+from deepen.cli.output import print_json, table_console
 
 app = new_app()
 
@@ -36,8 +36,6 @@ def report_comparison(
     if as_json:
         print_json(comparison.model_dump(mode="json"))
         return
-    from rich.console import Console
-
-    print_table(comparison, Console())
+    print_table(comparison, table_console())
     for sentence in describe_differences(comparison):
         print(sentence)

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepen.cli.output import print_json
+from deepen.cli.output import print_json, table_console
 
 if TYPE_CHECKING:
     from deepen.records import ContinualRecord
@@ -42,11 +42,9 @@ def _print(place: Path, record: "ContinualRecord", as_json: bool) -> None:
         first = record.cells[0].model_dump(mode="json") if record.cells else {}
         print_json({**record.model_dump(mode="json"), **{key: first.get(key) for key in ("R", "op", "bwt")}})
     else:
-        from rich.console import Console
-
         from deepen.report import print_continual
 
-        print_continual(record, Console())
+        print_continual(record, table_console())
         if (place / "report.html").exists():
             print(f"{place / 'study.json'}\n{place / 'report.html'}")
     if record.missing:

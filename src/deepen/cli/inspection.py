@@ -1,17 +1,13 @@
 """What `deepen blocks inspect` prints."""
 
-import sys
 from math import isfinite
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from deepen.blocks import BlockNorms, BlocksSummary, Norm
 from deepen.cli.blocks import count_blocks
-from deepen.cli.output import human_bytes, human_count
-
-_WIDE = 200  # columns where nothing says how many fit: a table is never cut
+from deepen.cli.output import human_bytes, human_count, table_console
 
 
 def show(path: str, facts: BlocksSummary) -> None:
@@ -32,12 +28,8 @@ def show(path: str, facts: BlocksSummary) -> None:
     print(f"base fingerprint (fast): {expansion.base_fingerprint.fast}")
     if facts.base_unchanged is False:
         print("its base blocks are not the base's any more: they were trained too")
-    _console().print(_table(facts))
+    table_console(highlight=False, markup=False).print(_table(facts))
     print(_explain(facts))
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, markup=False)
 
 
 def _table(facts: BlocksSummary) -> Table:

@@ -7,7 +7,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDE: Final = 200  # columns where nothing says how many fit
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -28,6 +33,13 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def table_console(**options: Any) -> "Console":
+    """Return the console of a table on stdout: as wide as the terminal, and where there is none never cut."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _WIDE, **options)
 
 
 def human_bytes(count: float) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepen.cli.apps import new_app
-from deepen.cli.output import human_count, print_json
+from deepen.cli.output import human_count, print_json, table_console
 
 if TYPE_CHECKING:
     from deepen.studies.cost import Cost
@@ -122,9 +122,7 @@ def _print_result(study: "Study | KnowledgeStudy", busy: list[str], as_json: boo
     if as_json:
         print_json(record.model_dump(mode="json"))
     else:
-        from rich.console import Console
-
-        print_study(record, Console())
+        print_study(record, table_console())
         print(f"{place / 'study.json'}\n{place / 'report.html'}")
     for name in busy:
         print(f"{name}: another process is computing it", file=sys.stderr)
