@@ -17,10 +17,12 @@ from deepen.config import (
     DomainSection,
     KnowledgeRecipe,
     load_document,
+    load_recipe,
 )
 from deepen.errors import DataError, RecipeError
 from deepen.evaluation import compare_runs
 from deepen.expansion.layout import least_important
+from deepen.pipeline import baseline
 from deepen.pipeline import run as pipeline_run
 from deepen.pipeline.reporter import Silent
 from deepen.records import EvaluationRecord, ImportanceRecord, RunFacts, StudyRecord, read_record
@@ -90,12 +92,38 @@ def finished(place):
     """A study computed to its end: (study, names of the cells computed)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "traceable_code", lambda: "c0ffee")
+        of_base = []
+        score = baseline.score_texts
+        patch.setattr(baseline, "score_texts", lambda *all, **more: of_base.append(1) or score(*all, **more))
         study = open_study("baselines", recipe(place), None)
-        return study, compute_study(study, Share(), Silent()).computed
+        return study, compute_study(study, Share(), Silent()).computed, len(of_base)
+
+
+def test_the_base_is_scored_once_for_all_cells(finished):
+    study, _, of_base = finished
+    assert of_base == 1
+    found = [path.read_text() for path in study.store.study.glob("cells/*/evaluation/base-windows.json")]
+    assert len(found) == 5
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_the_base_scores_counts_only_where_it_was_computed_alike(finished, tmp_path, alike):
+    study, *_ = finished
+    cell = next(study.store.study.glob("cells/*lora*"))
+    content = json.loads((cell / "evaluation" / "base-windows.json").read_text())
+    content["nats"] = {task: [9.0] * len(values) for task, values in content["nats"].items()}
+    content["computed"][0] = "none" if alike else "4bit"
+    (tmp_path / "other" / "evaluation").mkdir(parents=True)
+    (tmp_path / "other" / "evaluation" / "base-windows.json").write_text(json.dumps(content))
+    recipe = load_recipe(cell / "recipe.yaml").model_copy(update={"output": str(tmp_path / "run")})
+    pipeline_run.run_recipe(recipe, beside=tmp_path / "other")
+    held = json.loads((tmp_path / "run" / "evaluation" / "base-windows.json").read_text())
+    assert (held["nats"] == content["nats"]) == alike
 
 
 def test_every_cell_is_computed_once(finished, monkeypatch):
-    study, computed = finished
+    study, computed, _ = finished
     # Two rates for blocks, one of which is the first seed's cell; a seed more; two seeds of lora.
     assert len(computed) == len(set(computed)) == 2 + 1 + 2
     monkeypatch.setattr(pipeline_run, "run_recipe", None)
@@ -103,7 +131,7 @@ def test_every_cell_is_computed_once(finished, monkeypatch):
 
 
 def test_a_rate_is_chosen_by_the_tuning_text_alone(finished):
-    study, _ = finished
+    study, *_ = finished
     record = collect_study(study)
     (choice,) = record.choices
     held = {}
@@ -118,7 +146,7 @@ def test_a_rate_is_chosen_by_the_tuning_text_alone(finished):
 
 
 def test_the_table_is_of_the_reported_texts_and_of_all_seeds(finished):
-    study, _ = finished
+    study, *_ = finished
     record = collect_study(study)
     assert record.finished == record.cells == 2 + 2 + 2
     assert [row.row for row in record.rows] == ["blocks", "lora"]
@@ -146,7 +174,7 @@ def column_of(run, name):
 
 
 def test_parameters_are_matched(finished):
-    study, _ = finished
+    study, *_ = finished
     record = collect_study(study)
     blocks, lora = record.rows
     assert record.matched == blocks.trainable
@@ -154,7 +182,7 @@ def test_parameters_are_matched(finished):
 
 
 def test_models_go_and_records_stay(finished):
-    study, _ = finished
+    study, *_ = finished
     for cell in (study.store.study / "cells").iterdir():
         assert not {"checkpoints", "blocks", "adapter", "model"} & {path.name for path in cell.iterdir()}
         assert {"cell.json", "result.json", "metrics.jsonl", "report.html"} <= {
@@ -163,7 +191,7 @@ def test_models_go_and_records_stay(finished):
 
 
 def test_the_page_links_every_record(finished):
-    study, _ = finished
+    study, *_ = finished
     page = (study.store.study / "report.html").read_text()
     record = read_record(study.store.study / "study.json", StudyRecord)
     assert page == render_study(record)
@@ -176,7 +204,7 @@ def test_the_page_links_every_record(finished):
 
 def test_unfinished_cells_are_in_no_table_and_go_on_where_they_were(finished):
     """As a kill between a run's end and its cell's record leaves it: nothing is trained again."""
-    study, _ = finished
+    study, *_ = finished
     whole = collect_study(study)
     cell = study.store.study / whole.rows[1].cells[1]
     (cell / "cell.json").unlink()
@@ -193,7 +221,7 @@ def test_unfinished_cells_are_in_no_table_and_go_on_where_they_were(finished):
 
 
 def test_only_what_decides_a_result_is_in_its_key(place, tmp_path, finished):
-    study, _ = finished
+    study, *_ = finished
 
     def keys(study):
         return [slot.cell.key for slot in study.slots() if slot.cell]

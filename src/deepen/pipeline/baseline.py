@@ -20,10 +20,10 @@ from deepen.training.world import World
 Losses = Mapping[str, NDArray[np.float64]]
 
 
-def hand_on_losses(trained: RunDirectory, tuning: RunDirectory) -> None:
-    """Let a tuning begin with what the training before it found of the base."""
-    if trained.base_losses.exists() and not tuning.base_losses.exists():
-        write_file(tuning.base_losses, trained.base_losses.read_text("utf-8"))
+def hand_on_losses(run: RunDirectory, other: RunDirectory) -> None:
+    """Let a run begin with what another found of the base; `base_losses` looks whether it is of use."""
+    if run.base_losses.exists() and not other.base_losses.exists():
+        write_file(other.base_losses, run.base_losses.read_text("utf-8"))
 
 
 def base_losses(
@@ -34,12 +34,19 @@ def base_losses(
     world: World,
     reporter: Reporter,
 ) -> Losses:
-    """Score the base, which the model is but for its new blocks, once; a resumed run reads what was found.
+    """Score the base, which the model is but for its new blocks, unless the directory says what was found.
 
     Returns:
         task -> nats per window.
     """
-    scored = {"base": plan.fingerprint, "texts": {text.task: text.digest for text in texts}}
+    scored = {
+        "base": plan.fingerprint,
+        "texts": {text.task: text.digest for text in texts},
+        "computed": [
+            plan.train.quantise,
+            *map(str, (trainee.model.dtype, trainee.autocast, trainee.model.device.type)),
+        ],
+    }
     held = world.first(lambda: _held_losses(directory, scored))
     if held is not None:
         return held

@@ -54,7 +54,12 @@ from deepen.training.world import World, join_world
 
 
 def run_recipe(
-    recipe: Recipe | None, *, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None
+    recipe: Recipe | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    beside: Path | None = None,
 ) -> RunResult:
     """Expand, verify, train, tune, evaluate, audit, save and report. A finished run is returned as it is.
 
@@ -68,6 +73,8 @@ def run_recipe(
         resume: continue an unfinished run from its newest valid checkpoint.
         overwrite: replace an earlier run in the same output.
         reporter: told what goes on.
+        beside: another run's directory; what it found of the base is not found again, where it is the same
+            base on the same texts, computed in the same precision on the same kind of device.
 
     Returns:
         The result of training; of tuning where that is all there is.
@@ -88,6 +95,8 @@ def run_recipe(
             outline = world.first_then_rest(lambda: plan_run(asked))
             world.first(lambda: check_packages(outline.train))
             with _opened(outline, resume, overwrite, world) as directory:
+                if beside:
+                    world.first(lambda: hand_on_losses(RunDirectory(beside), directory))
                 finished = _run(outline, directory, world, reporter)
                 if asked.train and asked.sft:
                     _tune(asked, directory, world, reporter)

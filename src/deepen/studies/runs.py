@@ -15,8 +15,16 @@ from deepen.errors import Diverged, OutputError
 from deepen.pipeline.directory import RunDirectory, deciding
 from deepen.pipeline.plan import Outline
 from deepen.pipeline.reporter import Reporter
-from deepen.records import EvaluationRecord, Provenance, RunFacts, RunResult, read_metrics, read_record
-from deepen.studies.cells import Cell, Computed
+from deepen.records import (
+    CellRecord,
+    EvaluationRecord,
+    Provenance,
+    RunFacts,
+    RunResult,
+    read_metrics,
+    read_record,
+)
+from deepen.studies.cells import RECORD, Cell, Computed
 
 # Raised when a change of deepen changes what equal inputs give; a default of the recipe, for one.
 _VERSION: Final = 1
@@ -57,7 +65,12 @@ def run_cell(
     if begins_with:
         inputs["begins_with"] = dict(begins_with)
     discarded = () if keep_models else _WEIGHTS if keep_blocks else (*_WEIGHTS, BLOCKS)
-    return Cell(name=name, inputs=inputs, compute=partial(_compute, recipe, outline.train.method, discarded))
+    of_base = {key: inputs[key] for key in ("base", "texts")}
+    return Cell(
+        name=name,
+        inputs=inputs,
+        compute=partial(_compute, recipe, outline.train.method, discarded, of_base),
+    )
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -114,13 +127,20 @@ def _without_place(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compute(
-    recipe: Recipe, method: str, discarded: Sequence[str], directory: Path, reporter: Reporter
+    recipe: Recipe,
+    method: str,
+    discarded: Sequence[str],
+    of_base: Mapping[str, Any],
+    directory: Path,
+    reporter: Reporter,
 ) -> Computed:
     from deepen.pipeline.run import run_recipe
 
     run, asked = RunDirectory(directory), recipe.model_copy(update={"output": str(directory)})
     try:
-        result = run_recipe(asked, resume=True, overwrite=_moved(run, asked), reporter=reporter)
+        beside = _with_the_same_base(directory.parent, of_base)
+        moved = _moved(run, asked)
+        result = run_recipe(asked, resume=True, overwrite=moved, reporter=reporter, beside=beside)
         facts = _facts(run, result)
     except Diverged as error:
         # A result too: this recipe, run again, does the same.
@@ -129,6 +149,15 @@ def _compute(
     for name in discarded:
         shutil.rmtree(run.root / name, ignore_errors=True)
     return Computed(result=facts.model_dump(mode="json"), provenance=read_record(run.environment, Provenance))
+
+
+def _with_the_same_base(cells: Path, of_base: Mapping[str, Any]) -> Path | None:
+    """Return a finished cell of the same base and texts: what the base scores need not be found again."""
+    for path in sorted(cells.glob(f"*/{RECORD}")):
+        inputs = read_record(path, CellRecord).inputs
+        if {key: inputs.get(key) for key in of_base} == of_base:
+            return path.parent
+    return None
 
 
 def _moved(run: RunDirectory, recipe: Recipe) -> bool:
