@@ -12,8 +12,8 @@ from family_table import DENSE, MIXED
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepen.blocks import unmerge_blocks
-from deepen.errors import LayoutError
+from deepen.blocks import unmerge
+from deepen.errors import CheckpointError, LayoutError
 from deepen.expansion import expand_checkpoint, plan_layout, read_expansion, verify_bytes
 from deepen.expansion.fusion import align, narrow, widen
 from deepen.families import Place, family_for, unit_places
@@ -78,7 +78,7 @@ def test_units_in_another_order_compute_the_same(tmp_path, name):
     moved = permuted(base, below, torch.Generator().manual_seed(3))
     assert any(not torch.equal(moved[tensor], below[tensor]) for tensor in below)
     put(base, family, 1, moved)
-    assert torch.allclose(logits(base), before, atol=1e-9)
+    assert torch.allclose(logits(base), before, atol=1e-5)  # norms compute in fp32
     expand_checkpoint(base, tmp_path / "out", after=[0], init="transport")
     _, new = block_of(tmp_path / "out", 1)
     filled = {tensor for tensor in new if family.fill(tensor) is not None}
@@ -179,7 +179,7 @@ def test_record_says_how_blocks_came_to_be(tiny_llama, tmp_path):
 def test_base_comes_back(tiny_llama, tmp_path):
     base, out = tiny_llama(sharded=True), tmp_path / "out"
     expand_checkpoint(base, out, blocks=3, init="average")
-    unmerge_blocks(out, tmp_path / "back")
+    assert unmerge(out, tmp_path / "back").byte_identical
     for path in base.iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
 
@@ -221,7 +221,7 @@ def test_a_base_that_is_not_finite_leaves_nothing(tiny_llama, tmp_path):
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(Exception, match="NaN or infinity"):
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
         expand_checkpoint(base, tmp_path / "out", after=[1], init="transport")
     assert [entry.name for entry in tmp_path.iterdir() if "out" in entry.name] == []
 

@@ -258,6 +258,10 @@ def _drift_faults(train: TrainSection, data: DataSection | None) -> list[str]:
             f"anchor: the copy of the base that method {train.method} needs cannot be cut over devices; "
             "choose parallel: ddp"
         )
+    if train.unit_rates and not train.anchor:
+        faults.append("unit_rates needs general text, which is the anchor's: give train.anchor")
+    if train.unit_rates and train.parallel == "fsdp":
+        faults.append("unit_rates: the units of what is cut over devices are not known; choose parallel: ddp")
     if train.drift_penalty and train.method != "blocks":
         faults.append(f"drift_penalty is about new blocks, which method {train.method} does not add")
     if train.drift_penalty and train.prefix_cache != "none":

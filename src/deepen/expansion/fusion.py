@@ -131,9 +131,10 @@ def _likeness(
     largest, features = 0.0, 1
     for name in chosen:
         for array in (below[name](), above[name]()):
-            largest, features = max(largest, float(np.abs(array).max())), features + array.size
-        if not np.isfinite(largest):
-            raise CheckpointError(f"init transport: {name!r} of one of two neighbours holds NaN or infinity")
+            most = float(np.abs(array).max())
+            if not np.isfinite(most):
+                raise CheckpointError(f"init transport: {name!r} of a base block holds NaN or infinity")
+            largest, features = max(largest, most), features + array.size
     bits = (_EXACT_BITS - features.bit_length()) // 2
     unit = 2.0 ** (bits - int(np.frexp(largest)[1]))
     found: dict[Kind, Floats] = {}

@@ -115,10 +115,11 @@ class Measured:
 
     @property
     def flops(self) -> Flops:
-        """FLOPs for each token, what is computed again included."""
+        """FLOPs for each token learned, what is computed again, and what measures unit rates, included."""
         again = sum(self.cost.blocks[index].again for index in self.again)
-        forward = self.cost.forward
-        return Flops(forward=forward, backward=self.cost.total - forward + again, full_finetune=self.full)
+        forward, times = self.cost.forward, 1 + self.job.train.measured_share(self.job.windows)
+        backward = self.cost.total - forward + again
+        return Flops(forward=times * forward, backward=times * backward, full_finetune=self.full)
 
 
 def measure(job: Job, device: Device) -> Measured:

@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -15,11 +16,12 @@ from deepen.errors import Diverged, Interrupted
 from deepen.model.structure import family_of
 from deepen.training.anchor import Anchor, anchor_loss
 from deepen.training.interface import Batch, Hooks, Settings, StepReport
-from deepen.training.loss import IGNORED, Loss
+from deepen.training.loss import IGNORED, Loss, summed_loss
 from deepen.training.meters import BlockReport, Blocks, by_block, gradient_norms, step_blocks
 from deepen.training.nonfinite import NotFinite, explain, find_bad_windows
 from deepen.training.parallel import Root, without_exchange
 from deepen.training.prefix import PrefixCache
+from deepen.training.rates import UnitRates, measure_rates, scaling_updates
 from deepen.training.schedule import learning_rate
 from deepen.training.world import World
 
@@ -37,6 +39,7 @@ def train(
     world: World | None = None,
     prefix: PrefixCache | None = None,
     anchor: Anchor | None = None,
+    rates: UnitRates | None = None,
 ) -> None:
     """Train `parameters` from step `first_step` to the last.
 
@@ -54,6 +57,7 @@ def train(
         prefix: what windows are below the first block that trains, so that it is computed once; needs
             `numbers` in the batches.
         anchor: what holds the model to its base.
+        rates: how units get learning rates of their own.
 
     Raises:
         Diverged: the loss or a gradient is not finite; the parameters are those of the step before.
@@ -64,9 +68,14 @@ def train(
     model.train()
     for step in range(first_step, settings.steps):
         batch = batch_at(step, settings.windows)
+        due = rates if rates and rates.due(step) else None
+        measure = due and partial(
+            _measure_rates, due, root, parameters, optimizer, batch_at, settings, step, world
+        )
         terms = [_Term(batch, settings.loss, prefix), *_anchor_terms(anchor, step)]
         try:
-            hooks.log(_step(root, parameters, blocks, optimizer, terms, settings, step, world))
+            with scaling_updates(optimizer):
+                hooks.log(_step(root, parameters, blocks, optimizer, terms, settings, step, world, measure))
         except NotFinite as found:
             rows = _find_bad_windows(root, parameters, optimizer, batch, settings, world)
             names = [hooks.name_window(step, row) for row in rows]
@@ -94,11 +103,14 @@ def _step(
     settings: Settings,
     step: int,
     world: World,
+    first: Callable[[], None] | None = None,
 ) -> StepReport:
     begin = perf_counter()
     if not world.is_first:
         # The first process's random state is in the checkpoints; the others' follow from the step.
         torch.manual_seed(step * world.size + world.rank)
+    if first:
+        first()
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -122,6 +134,22 @@ def _step(
         blocks={i: BlockReport(gradient_norm=reached[i], update=moved[i]) for i in blocks},
         anchor=others[0] if others else None,
     )
+
+
+def _measure_rates(
+    rates: UnitRates,
+    root: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    batch_at: Callable[[int, int], Batch],
+    settings: Settings,
+    step: int,
+    world: World,
+) -> None:
+    """Measure what units matter to general text and to that of the step; no weight moves."""
+    terms = (_Term(at(step, rates.windows), summed_loss) for at in (rates.general_at, batch_at))
+    runs = [partial(_accumulate, root, [term], settings, world) for term in terms]
+    measure_rates(rates, parameters, optimizer, runs)
 
 
 def _anchor_terms(anchor: Anchor | None, step: int) -> Iterator["_Term"]:
