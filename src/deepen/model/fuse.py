@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepen.expansion.layout import NewBlock
+from deepen.expansion.layout import Layout, NewBlock
 from deepen.expansion.neighbours import Alignment, check_alike, differing, same_kind
 from deepen.families import Family
 from deepen.model.structure import reordered_config
@@ -22,34 +22,35 @@ def fuse_neighbours(
     family: Family,
     config: Mapping[str, Any],
     blocks: Sequence[nn.Module],
-    block: NewBlock,
-    new: nn.Module,
+    layout: Layout,
+    copies: Sequence[nn.Module],
 ) -> None:
-    """Make a copy of a base block what `block.init` says, but for its residual writes.
+    """Make copies of base blocks what `NewBlock.init` says, but for their residual writes.
 
     Args:
         model: the model.
         family: its family, in the dialect of its modules.
         config: `depth_config` of the base.
         blocks: the base's blocks.
-        block: says what it is made from.
-        new: the copy of the lower one.
+        layout: says what each new block is made from.
+        copies: the new blocks, each a copy of the lower one.
 
     Raises:
-        LayoutError: the two neighbours differ in kind, or hold what cannot be averaged or aligned.
+        LayoutError: two neighbours differ in kind, or hold what cannot be averaged or aligned.
     """
-    if block.init == "copy":
-        return
-    below, above = (_averaged(blocks[number], family) for number in (block.copy_of, block.copy_of + 1))
-    check_alike(block, *({n: (t.dtype, t.shape) for n, t in held.items()} for held in (below, above)))
-    if not same_kind(partial(reordered_config, model, family, config), len(blocks), block.copy_of):
-        raise differing(block, "the config makes them of different kinds")
-    alignment = _alignment(model, family, block, below, above) if block.init == "transport" else None
-    values = new.state_dict(keep_vars=True)
-    with torch.no_grad():
+    kinds = partial(reordered_config, model, family, config)
+    for block, new in zip(layout.new_blocks, copies, strict=True):
+        if block.init == "copy":
+            continue
+        below, above = (_averaged(blocks[number], family) for number in (block.copy_of, block.copy_of + 1))
+        check_alike(block, *({n: (t.dtype, t.shape) for n, t in held.items()} for held in (below, above)))
+        if not same_kind(kinds, len(blocks), block.copy_of):
+            raise differing(block, "the config makes them of different kinds")
+        alignment = _alignment(model, family, block, below, above) if block.init == "transport" else None
+        values = new.state_dict(keep_vars=True)
         for name in below:
             if family.fill(name) is None and not values[name].is_meta:  # a model only planned has no values
-                values[name].copy_(_mean(name, below, above, alignment))
+                values[name].data.copy_(_mean(name, below, above, alignment))
 
 
 def _averaged(block: nn.Module, family: Family) -> dict[str, torch.Tensor]:

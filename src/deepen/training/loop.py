@@ -54,8 +54,7 @@ def train(
         root: the model spread over processes, see `deepen.training.parallel`; default: it lies in this one.
         world: those processes. Each calls this with the same batches and takes its share of the windows;
             what is reported is the same in all.
-        prefix: what windows are below the first block that trains, so that it is computed once; needs
-            `numbers` in the batches.
+        prefix: what windows are below the first block that trains; needs `numbers` in the batches.
         anchor: what holds the model to its base.
         rates: how units get learning rates of their own.
 
@@ -65,23 +64,18 @@ def train(
     """
     world, root = world or World(), root or Root(model)
     blocks = by_block(parameters, family_of(model))
+    measure = partial(_measure_rates, rates, root, parameters, optimizer, batch_at, settings, world)
     model.train()
     for step in range(first_step, settings.steps):
         batch = batch_at(step, settings.windows)
-        due = rates if rates and rates.due(step) else None
-        measure = due and partial(
-            _measure_rates, due, root, parameters, optimizer, batch_at, settings, step, world
-        )
         terms = [_Term(batch, settings.loss, prefix), *_anchor_terms(anchor, step)]
         try:
-            with scaling_updates(optimizer):
-                hooks.log(_step(root, parameters, blocks, optimizer, terms, settings, step, world, measure))
+            hooks.log(_step(root, parameters, blocks, optimizer, terms, settings, step, world, measure))
         except NotFinite as found:
             rows = _find_bad_windows(root, parameters, optimizer, batch, settings, world)
             names = [hooks.name_window(step, row) for row in rows]
             raise Diverged(explain(str(found), names, len(batch.tokens))) from None
-        done = step + 1
-        last = done == settings.steps
+        done, last = step + 1, step + 1 == settings.steps
         if last or done % settings.evaluate_every == 0:
             hooks.evaluate(done)
             if hooks.enough():
@@ -103,14 +97,13 @@ def _step(
     settings: Settings,
     step: int,
     world: World,
-    first: Callable[[], None] | None = None,
+    measure: Callable[[int], None],
 ) -> StepReport:
     begin = perf_counter()
     if not world.is_first:
         # The first process's random state is in the checkpoints; the others' follow from the step.
         torch.manual_seed(step * world.size + world.rank)
-    if first:
-        first()
+    measure(step)
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -120,7 +113,8 @@ def _step(
     if not np.isfinite([loss, norm, *others]).all():
         found = "".join(f", anchor {other}" for other in others)
         raise NotFinite(f"step {step + 1}: loss {loss}{found}, gradient norm {norm}")
-    moved = step_blocks(optimizer, blocks, world)
+    with scaling_updates(optimizer):
+        moved = step_blocks(optimizer, blocks, world)
     optimizer.zero_grad(set_to_none=True)
     batch = terms[0].batch
     counts = np.bincount(batch.sources, weights=batch.trained_tokens)
@@ -137,16 +131,18 @@ def _step(
 
 
 def _measure_rates(
-    rates: UnitRates,
+    rates: UnitRates | None,
     root: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int, int], Batch],
     settings: Settings,
-    step: int,
     world: World,
+    step: int,
 ) -> None:
-    """Measure what units matter to general text and to that of the step; no weight moves."""
+    """Measure, where it is due, what units matter to general text and to the domain; no weight moves."""
+    if rates is None or not rates.due(step):
+        return
     terms = (_Term(at(step, rates.windows), summed_loss) for at in (rates.general_at, batch_at))
     runs = [partial(_accumulate, root, [term], settings, world) for term in terms]
     measure_rates(rates, parameters, optimizer, runs)
