@@ -93,7 +93,7 @@ def unit_rates(general: torch.Tensor, domain: torch.Tensor, *, lower: float, upp
     kept, learned = (part.double() / part.double().sum().clamp_min(1e-300) for part in (general, domain))
     score = torch.where(kept + learned > 0, kept / (kept + learned), 0.5)
     _, place, counts = torch.unique(score, return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - (counts + 1) / 2  # equal scores share the mean of their ranks, from 0
+    middle = counts.cumsum(0) - (counts.double() + 1) / 2  # equal scores share the mean of their ranks, from 0
     rank = middle[place] / max(1, len(score) - 1) if len(score) > 1 else torch.full_like(score, 0.5)
     return upper - (upper - lower) * rank
 
