@@ -73,7 +73,8 @@ def measure_rates(
     if not moved:
         return
     general, domain = (_importance(moved, optimizer, run, rates.rows) for run in runs)
-    found = unit_rates(torch.cat(general), torch.cat(domain), lower=rates.lower, upper=rates.upper)
+    whole = (torch.cat(part).cpu() for part in (general, domain))  # not every device has fp64
+    found = unit_rates(*whole, lower=rates.lower, upper=rates.upper)
     parts = found.split([len(part) for part in general])
     for parameter, part in zip(moved.values(), parts, strict=True):
         shape = (-1, *[1] * (parameter.ndim - 1)) if len(part) > 1 else ()
@@ -93,8 +94,9 @@ def unit_rates(general: torch.Tensor, domain: torch.Tensor, *, lower: float, upp
     kept, learned = (part.double() / part.double().sum().clamp_min(1e-300) for part in (general, domain))
     score = torch.where(kept + learned > 0, kept / (kept + learned), 0.5)
     _, place, counts = torch.unique(score, return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - (counts.double() + 1) / 2  # equal scores share the mean of their ranks, from 0
-    rank = middle[place] / max(1, len(score) - 1) if len(score) > 1 else torch.full_like(score, 0.5)
+    # Equal scores share the mean of their ranks; a single unit lies in the middle.
+    middle = counts.cumsum(0) - (counts.double() + 1) / 2
+    rank = middle[place] / (len(score) - 1) if len(score) > 1 else torch.full_like(score, 0.5)
     return upper - (upper - lower) * rank
 
 
