@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,6 @@ from deepen.expansion import (
     Base,
     Expansion,
     Layout,
-    NewBlock,
     NewBlockRecord,
     base_name,
     count_parameters,
@@ -202,10 +201,7 @@ def _lineage(expansion: Expansion) -> tuple[Stage, ...]:
 
 def _layout(base_blocks: int, blocks: Iterable[NewBlockRecord]) -> Layout:
     """The layout of a stage by itself: later stages have moved its blocks, not what they stand on."""
-    placed = (
-        NewBlock(index=block.after + 1 + below, after=block.after, copy_of=block.copy_of)
-        for below, block in enumerate(blocks)
-    )
+    placed = (replace(block.placed, index=block.after + 1 + below) for below, block in enumerate(blocks))
     return Layout(base_blocks, tuple(placed))
 
 

@@ -10,7 +10,7 @@ from deepen.cli.apps import new_app
 from deepen.cli.output import human_bytes, human_count, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from deepen.expansion import ExpandResult, PreparedCheckpoint
+    from deepen.expansion import ExpandResult, NewBlock, PreparedCheckpoint
 
 app = new_app()
 
@@ -55,6 +55,9 @@ def expand(
     after: Annotated[
         str | None, typer.Option(help="Blocks to stand on instead, e.g. 3,7 (-1: the bottom).")
     ] = None,
+    init: Annotated[
+        str, typer.Option(help="copy; or, of the block and the one above it: average, transport (aligned).")
+    ] = "copy",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
     ] = False,
@@ -78,6 +81,7 @@ def expand(
         placement=placement,  # type: ignore[arg-type]  # plan_layout refuses others, with help
         groups=groups,
         after=chosen_after,
+        init=init,  # type: ignore[arg-type]  # the same
         shard_size=size,
         name=base,
     )
@@ -126,4 +130,11 @@ def _print_layout(prepared: "PreparedCheckpoint") -> None:
     )
     for block in layout.new_blocks:
         place = f"after base block {block.after}" if block.after >= 0 else "at the bottom"
-        print(f"  block {block.index} is new, {place}, a copy of base block {block.copy_of}")
+        print(f"  block {block.index} is new, {place}, {_origin(block)}")
+
+
+def _origin(block: "NewBlock") -> str:
+    if block.init == "copy":
+        return f"a copy of base block {block.copy_of}"
+    aligned = ", aligned by transport" if block.init == "transport" else ""
+    return f"the average of base blocks {block.copy_of} and {block.copy_of + 1}{aligned}"

@@ -1,11 +1,11 @@
 """How far training may move the model from its base, and what holds it back."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from deepen.config.section import Count, Positive, Section
+from deepen.config.section import Count, Positive, Real, Section
 
 
 class AnchorSection(Section):
@@ -35,6 +35,34 @@ class AnchorSection(Section):
         return max(1, round(self.share * windows))
 
 
+class UnitRatesSection(Section):
+    """Learning rates of their own for the units of what trains, by how much general text needs them (ADEPT).
+
+    General text is that of the anchor, which is needed; `parallel: fsdp` is refused.
+    """
+
+    units: Literal["tensor", "row"] = "tensor"
+    """What has a rate: each `tensor` that trains, or each `row` of a matrix."""
+
+    every: Count = 50
+    """Steps between two measurements; all rates are 1 until the first."""
+
+    windows: Count = 8
+    """Windows of general text, and as many of the domain, that a measurement reads."""
+
+    lower: Annotated[Real, Field(ge=0)] = 0.0
+    """Factor on the learning rate of the unit that general text needs most."""
+
+    upper: Positive = 2.0
+    """The same of the unit that it needs least. The mean of all is halfway between the two."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.lower > self.upper:
+            raise ValueError(f"lower {self.lower:g} is above upper {self.upper:g}")
+        return self
+
+
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     "paper": {
         "method": "blocks",
@@ -48,6 +76,7 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "clip": 1.0,
         "anchor": None,
         "drift_penalty": None,
+        "unit_rates": None,
         "max_general_loss": None,
     },
     "balanced": {"anchor": {"source": "self", "share": 0.25, "weight": 1.0}},

@@ -58,6 +58,12 @@ class ExpandSection(Section):
     after: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = None
     """Explicit base blocks to stand on (-1: the bottom) instead of a placement."""
 
+    init: Literal["copy", "average", "transport"] = "copy"
+    """What a new block is before its residual writes are zeroed: a `copy` of the block it stands on (the
+    paper), the `average` of that block and the one above it, or their average once the neurons and heads of
+    the upper one were matched with those of the lower one by optimal `transport` (OpT-DeUS). See
+    [where a new block begins](drift.md#where-a-new-block-begins)."""
+
     @model_validator(mode="after")
     def _some(self) -> Self:
         if self.blocks is None and self.after is None:
@@ -170,7 +176,7 @@ class Recipe(Section):
             faults.append("method blocks needs an expand section (for example expand: {blocks: 8})")
         if train.method != "blocks" and isinstance(expand, ExpandSection):
             faults.append(f"method {train.method} trains on the base itself; remove the expand section")
-        faults += _quantisation_faults(train)
+        faults += _quantisation_faults(train, expand if isinstance(expand, ExpandSection) else None)
         faults += _drift_faults(train, data if isinstance(data, DataSection) else None)
         if train.match_parameters and train.method not in ("lora", "freeze"):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
@@ -255,6 +261,10 @@ def _drift_faults(train: TrainSection, data: DataSection | None) -> list[str]:
             f"anchor: the copy of the base that method {train.method} needs cannot be cut over devices; "
             "choose parallel: ddp"
         )
+    if train.unit_rates and not train.anchor:
+        faults.append("unit_rates needs general text, which is the anchor's: give train.anchor")
+    if train.unit_rates and train.parallel == "fsdp":
+        faults.append("unit_rates: the units of what is cut over devices are not known; choose parallel: ddp")
     if train.drift_penalty and train.method != "blocks":
         faults.append(f"drift_penalty is about new blocks, which method {train.method} does not add")
     if train.drift_penalty and train.prefix_cache != "none":
@@ -262,9 +272,11 @@ def _drift_faults(train: TrainSection, data: DataSection | None) -> list[str]:
     return faults
 
 
-def _quantisation_faults(train: TrainSection) -> list[str]:
+def _quantisation_faults(train: TrainSection, expand: ExpandSection | None) -> list[str]:
     faults = []
     if train.quantise != "none":
+        if expand and expand.init != "copy":
+            faults.append(f"quantise: new blocks are copies then; expand.init {expand.init} needs none")
         if train.method not in ("blocks", "lora", "prompt"):
             faults.append(
                 "quantise is for methods that leave the base as it is (blocks, lora, prompt), "

@@ -8,7 +8,7 @@ from pydantic import (
     model_validator,
 )
 
-from deepen.config.drift import AnchorSection, with_preset
+from deepen.config.drift import AnchorSection, UnitRatesSection, with_preset
 from deepen.config.section import Count, Index, Positive, Real, Section, Share, as_tuple
 
 Method = Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt", "rows"]
@@ -171,6 +171,10 @@ class TrainSection(LoopSection):
     """Weight of what the new blocks add to the residual stream, ‖block(x) − x‖² / ‖x‖², its mean over new
     blocks and tokens; null: none. Only with method `blocks`."""
 
+    unit_rates: UnitRatesSection | None = None
+    """Let what general text needs move less: tensors or rows with learning rates of their own, measured again
+    and again; null: one rate for all."""
+
     max_general_loss: Positive | None = None
     """Training ends at an evaluation where a general text's loss exceeds the base's by more than this, in
     nats per token; the weights of the last evaluation before it are the result. null: it does not."""
@@ -179,6 +183,11 @@ class TrainSection(LoopSection):
     def copies_base(self) -> bool:
         """Whether the anchor needs a copy of the base: the method does not leave it inside the model."""
         return self.anchor is not None and self.method not in ("blocks", "lora")
+
+    def measured_share(self, windows: int) -> float:
+        """Return the windows that `unit_rates` reads beside each of a step of so many, in the mean."""
+        rates = self.unit_rates
+        return 2 * rates.windows / (rates.every * windows) if rates else 0.0
 
     @model_validator(mode="before")
     @classmethod

@@ -26,7 +26,7 @@ from deepen.expansion.expand import (
     prepare_expansion,
     write_checkpoint,
 )
-from deepen.expansion.layout import Layout, NewBlock, Placement, least_important, plan_layout
+from deepen.expansion.layout import Init, Layout, NewBlock, Placement, least_important, plan_layout
 from deepen.expansion.manifest import (
     MANIFEST_NAME,
     EarlierStage,
@@ -39,8 +39,6 @@ from deepen.expansion.manifest import (
 )
 from deepen.expansion.plan import (
     Base,
-    Copy,
-    Fill,
     Plan,
     PlannedFile,
     PlannedTensor,
@@ -51,6 +49,7 @@ from deepen.expansion.plan import (
     open_base,
     plan_files,
 )
+from deepen.expansion.sources import Copy, Fill, Mean
 from deepen.expansion.stages import (
     base_name,
     describe_expansion,
@@ -72,7 +71,9 @@ __all__ = [
     "Files",
     "Fill",
     "Fingerprint",
+    "Init",
     "Layout",
+    "Mean",
     "NewBlock",
     "NewBlockRecord",
     "Placement",

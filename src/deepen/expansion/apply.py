@@ -1,4 +1,4 @@
-"""Executing a plan: bytes are copied by the kernel or filled with a constant. No arithmetic, no judgement."""
+"""Executing a plan: bytes are copied by the kernel, filled with a constant, or means. No judgement."""
 
 import ctypes
 import errno
@@ -15,7 +15,8 @@ from typing import Any
 
 from deepen.checkpoint import INDEX, ITEM_BYTES
 from deepen.errors import CheckpointError, OutputError
-from deepen.expansion.plan import Copy, Plan, PlannedFile, PlannedTensor
+from deepen.expansion.plan import Plan, PlannedFile, PlannedTensor
+from deepen.expansion.sources import Copy, Mean
 
 Progress = Callable[[int, int], None]
 
@@ -126,6 +127,8 @@ def _write(file: PlannedFile, path: Path) -> Iterator[int]:
                     write_back(position, count)
                     position += count
                     yield count
+            elif isinstance(tensor.source, Mean):
+                yield from _mean(target, tensor.source, position, length)
             else:
                 _fill(target, fill_bytes(tensor.dtype, tensor.source.value), position, length)
                 yield length
@@ -228,6 +231,16 @@ def _read_write(source: int, target: int, offset: int, position: int, count: int
         raise _ReadFailed(error.strerror) from None
     _pwrite(target, data, position)
     return len(data)
+
+
+def _mean(target: int, source: Mean, position: int, length: int) -> Iterator[int]:
+    from deepen.expansion.fusion import mean_reader
+
+    with mean_reader(source) as read:
+        for start in range(0, length, _STEP):
+            count = min(_STEP, length - start)
+            _pwrite(target, read(start, count), position + start)
+            yield count
 
 
 def _fill(target: int, element: bytes, position: int, length: int) -> None:

@@ -13,7 +13,7 @@ from deepen.expansion.apply import Progress, check_space, write_weights
 from deepen.expansion.base_files import record_base_files
 from deepen.expansion.carry import carried_files, carry
 from deepen.expansion.config_json import expand_config
-from deepen.expansion.layout import Layout, Placement, plan_layout
+from deepen.expansion.layout import Init, Layout, Placement, plan_layout
 from deepen.expansion.manifest import MANIFEST_NAME, Expansion, Fingerprint, NewBlockRecord
 from deepen.expansion.plan import (
     Base,
@@ -92,6 +92,7 @@ def expand_checkpoint(
     placement: Placement = "interleaved",
     groups: int | None = None,
     after: Sequence[int] | None = None,
+    init: Init = "copy",
     overwrite: bool = False,
     shard_size: int | None = None,
     name: str | None = None,
@@ -106,6 +107,7 @@ def expand_checkpoint(
         placement: where they go.
         groups: number of groups for `interleaved`.
         after: explicit base blocks to stand on instead, see `deepen.expansion.plan_layout`.
+        init: what new blocks are made from, see `deepen.expansion.NewBlock`.
         overwrite: replace `out`.
         shard_size: cut the weights into files of at most so many bytes; default: as the base's are.
         name: what `expansion.json` calls the base; default: `base` as given.
@@ -119,7 +121,14 @@ def expand_checkpoint(
     start = time.perf_counter()
     check_free(Path(out), overwrite=overwrite)
     prepared = prepare_expansion(
-        base, blocks=blocks, placement=placement, groups=groups, after=after, shard_size=shard_size, name=name
+        base,
+        blocks=blocks,
+        placement=placement,
+        groups=groups,
+        after=after,
+        init=init,
+        shard_size=shard_size,
+        name=name,
     )
     for warning in prepared.warnings:
         logger.warning("warning: %s", warning)
@@ -133,12 +142,15 @@ def prepare_expansion(
     placement: Placement = "interleaved",
     groups: int | None = None,
     after: Sequence[int] | None = None,
+    init: Init = "copy",
     shard_size: int | None = None,
     name: str | None = None,
 ) -> PreparedCheckpoint:
     """Decide everything about an expansion and write nothing; arguments as for `expand_checkpoint`."""
     opened = open_base(base)
-    layout = plan_layout(opened.depth, blocks=blocks, placement=placement, groups=groups, after=after)
+    layout = plan_layout(
+        opened.depth, blocks=blocks, placement=placement, groups=groups, after=after, init=init
+    )
     expansion = describe_expansion(
         layout,
         opened.family,
@@ -216,6 +228,9 @@ def _warnings(base: Base, layout: Layout) -> list[str]:
             "all new blocks stand below the first (prefix): in the paper (arXiv 2401.02415, Table 5) that "
             "collapsed to 29.36 on the language tasks and 0.81 on Unfair-ToS; it chose interleaved"
         )
+    averaged = [block.init != "copy" for block in layout.new_blocks]
+    if any(averaged) and not all(averaged):
+        found.append("no base block stands above the topmost: the new block that copies it is a plain copy")
     if names := not_finite_tensors(base.checkpoint):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         found.append(f"the base holds NaN or infinity in {', '.join(names[:3])}{more}")

@@ -1,9 +1,10 @@
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from deepen.errors import LayoutError
 
+Init = Literal["copy", "average", "transport"]
 Placement = Literal["interleaved", "suffix", "prefix"]
 
 # No model is so deep; a slip of the keyboard would fill the memory with a layout.
@@ -17,12 +18,15 @@ class NewBlock:
     Attributes:
         index: its position in the expanded model.
         after: the base block it stands on; -1 for the bottom of the model.
-        copy_of: the base block it copies.
+        copy_of: the base block it copies, whose kind it has.
+        init: `copy`; or the mean of that block and the base block above it, as they are (`average`) or
+            with the units of the upper one put in the order of the lower one's (`transport`).
     """
 
     index: int
     after: int
     copy_of: int
+    init: Init = "copy"
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ def plan_layout(
     placement: Placement = "interleaved",
     groups: int | None = None,
     after: Sequence[int] | None = None,
+    init: Init = "copy",
 ) -> Layout:
-    """Decide where new blocks go. Pure: nothing is read or written.
+    """Decide where new blocks go and what they are made from. Pure: nothing is read or written.
 
     The base's L blocks are cut into N groups and identity copies of the top P blocks of each group are
     stacked on the group (arXiv 2401.02415 section 3.1). Neither N nor P has to divide anything: groups and
@@ -101,35 +106,24 @@ def plan_layout(
         groups: number of groups for `interleaved`; default: one new block a group.
         after: explicit base blocks to stand on instead (-1: the bottom); repeats stack. Each new block
             copies the block it stands on.
+        init: see `NewBlock`. A block that copies the topmost one is a copy in any case.
 
     Raises:
         LayoutError: no blocks, an index out of range, or arguments that contradict each other.
     """
-    if groups is not None and (after is not None or placement != "interleaved"):
-        raise LayoutError(f"groups is {groups}, but only interleaved placement has groups; leave it out")
-    if after is not None:
-        if blocks is not None and blocks != len(after):
-            raise LayoutError(f"blocks is {blocks} but after names {len(after)}; leave one of them out")
-        return _layout(base_blocks, _explicit(base_blocks, after))
-    if blocks is None:
-        raise LayoutError("neither blocks nor after is given: say how many new blocks, or where they stand")
-    if blocks < 1:
-        raise LayoutError(f"blocks is {blocks}: at least 1 new block is needed")
-    if blocks > _MOST_BLOCKS:
-        raise LayoutError(f"blocks is {blocks}: more than {_MOST_BLOCKS} new blocks cannot be added")
-    if placement == "suffix":
-        return _layout(base_blocks, _grouped(base_blocks, blocks, 1))
-    if placement == "prefix":
-        return _layout(base_blocks, [(-1, index % base_blocks) for index in range(blocks)])
-    if placement != "interleaved":
-        raise LayoutError(f"placement is {placement!r}; it can be interleaved, suffix or prefix")
-    groups = min(blocks, base_blocks) if groups is None else groups
-    if not 1 <= groups <= min(blocks, base_blocks):
-        raise LayoutError(
-            f"groups is {groups}; with {base_blocks} base blocks and {blocks} new ones it can be 1 to "
-            f"{min(blocks, base_blocks)}"
+    if init not in get_args(Init):
+        raise LayoutError(f"init is {init!r}; it can be copy, average or transport")
+    placed = _places(base_blocks, blocks, placement, groups, after)
+    new = tuple(
+        NewBlock(
+            index=stands_on + 1 + below,
+            after=stands_on,
+            copy_of=copy_of,
+            init=init if copy_of + 1 < base_blocks else "copy",
         )
-    return _layout(base_blocks, _grouped(base_blocks, blocks, groups))
+        for below, (stands_on, copy_of) in enumerate(placed)
+    )
+    return Layout(base_blocks, new)
 
 
 def least_important(scores: Sequence[float], blocks: int) -> list[int]:
@@ -144,6 +138,41 @@ def least_important(scores: Sequence[float], blocks: int) -> list[int]:
     """
     order = sorted(range(len(scores)), key=lambda block: (scores[block], block))
     return sorted(order[index % len(order)] for index in range(blocks))
+
+
+def _places(
+    base_blocks: int,
+    blocks: int | None,
+    placement: Placement,
+    groups: int | None,
+    after: Sequence[int] | None,
+) -> list[tuple[int, int]]:
+    """Return (stands on, copies) of each new block, sorted by the first."""
+    if groups is not None and (after is not None or placement != "interleaved"):
+        raise LayoutError(f"groups is {groups}, but only interleaved placement has groups; leave it out")
+    if after is not None:
+        if blocks is not None and blocks != len(after):
+            raise LayoutError(f"blocks is {blocks} but after names {len(after)}; leave one of them out")
+        return _explicit(base_blocks, after)
+    if blocks is None:
+        raise LayoutError("neither blocks nor after is given: say how many new blocks, or where they stand")
+    if blocks < 1:
+        raise LayoutError(f"blocks is {blocks}: at least 1 new block is needed")
+    if blocks > _MOST_BLOCKS:
+        raise LayoutError(f"blocks is {blocks}: more than {_MOST_BLOCKS} new blocks cannot be added")
+    if placement == "suffix":
+        return _grouped(base_blocks, blocks, 1)
+    if placement == "prefix":
+        return [(-1, index % base_blocks) for index in range(blocks)]
+    if placement != "interleaved":
+        raise LayoutError(f"placement is {placement!r}; it can be interleaved, suffix or prefix")
+    groups = min(blocks, base_blocks) if groups is None else groups
+    if not 1 <= groups <= min(blocks, base_blocks):
+        raise LayoutError(
+            f"groups is {groups}; with {base_blocks} base blocks and {blocks} new ones it can be 1 to "
+            f"{min(blocks, base_blocks)}"
+        )
+    return _grouped(base_blocks, blocks, groups)
 
 
 def _explicit(base_blocks: int, after: Sequence[int]) -> list[tuple[int, int]]:
@@ -172,12 +201,3 @@ def _top(group: range, count: int) -> Iterator[int]:
     size = min(len(group), count)
     for index in range(count):
         yield group[len(group) - size + index % size]
-
-
-def _layout(base_blocks: int, placed: Iterable[tuple[int, int]]) -> Layout:
-    """Number blocks given as (stands on, copies), sorted by the first."""
-    new = tuple(
-        NewBlock(index=after + 1 + below, after=after, copy_of=copy_of)
-        for below, (after, copy_of) in enumerate(placed)
-    )
-    return Layout(base_blocks, new)

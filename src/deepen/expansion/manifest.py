@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -78,9 +78,10 @@ class NewBlockRecord(_Record):
         stage: number of the expansion that added it, from 0.
         pack: the block pack it came from, where several were stacked.
         damped: the factor on its residual writes since training, relative to their fill; None: none.
+        init: how it came to be, see `NewBlock`; None: as a copy.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"pack", "damped"})
+    optional: ClassVar[frozenset[str]] = frozenset({"pack", "damped", "init"})
 
     index: int = Field(ge=0)
     after: int = Field(ge=-1)
@@ -89,6 +90,12 @@ class NewBlockRecord(_Record):
     stage: int = Field(default=0, ge=0)
     pack: str | None = None
     damped: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    init: Literal["average", "transport"] | None = None
+
+    @property
+    def placed(self) -> NewBlock:
+        """The block as its stage's layout has it."""
+        return NewBlock(index=self.index, after=self.after, copy_of=self.copy_of, init=self.init or "copy")
 
 
 class EarlierStage(_Record):
@@ -166,8 +173,7 @@ class Expansion(_Record):
     @property
     def layout(self) -> Layout:
         """Where the blocks of this stage stand on the base."""
-        blocks = (NewBlock(index=b.index, after=b.after, copy_of=b.copy_of) for b in self.latest_blocks)
-        return Layout(self.base_blocks, tuple(blocks))
+        return Layout(self.base_blocks, tuple(block.placed for block in self.latest_blocks))
 
     @property
     def portable(self) -> "Expansion":
@@ -187,7 +193,8 @@ def _peeled(places: Mapping[int, NewBlockRecord], stage: int, base_blocks: int) 
         if block.stage != stage:
             rest[index - below] = block
             continue
-        if index != block.after + 1 + below or max(block.after, block.copy_of) >= base_blocks:
+        highest = max(block.after, block.copy_of + (block.init is not None))
+        if index != block.after + 1 + below or highest >= base_blocks:
             raise ValueError(f"new block {block.index} contradicts its after {block.after}")
         below += 1
     if not below or any(index >= base_blocks for index in rest):

@@ -1,7 +1,7 @@
 """What to write, decided before anything is: pure data from headers, no tensor is read.
 
 Expanding a base and merging a pack into it are one plan: a tensor of the result is a run of bytes of the
-base, a constant, or a run of bytes of the pack.
+base, a constant, the mean of two tensors of the base, or a run of bytes of the pack.
 """
 
 import json
@@ -15,27 +15,14 @@ from deepen.checkpoint import ITEM_BYTES, SINGLE, Checkpoint, Shard, Tensor, not
 from deepen.errors import CheckpointError, LayoutError
 from deepen.expansion.layout import Layout
 from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
+from deepen.expansion.neighbours import mean_sources
+from deepen.expansion.sources import Copy, Fill, Mean
 from deepen.families import Family, check_quantised, check_tensors, family_for
 
 _CACHE_LINE: Final = 64
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 # 8-bit floats have scales beside them, but a zero byte is zero whatever the scale.
 ZEROABLE: Final = FLOATS | {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Bytes taken from a file, from byte `offset` of it."""
-
-    file: Path
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """A constant in every element."""
-
-    value: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +43,7 @@ class PlannedTensor:
     dtype: str
     shape: tuple[int, ...]
     length: int
-    source: Copy | Fill
+    source: Copy | Fill | Mean
     beside: str
     block: int | None
 
@@ -190,6 +177,7 @@ def expanded_tensors(base: Base, layout: Layout) -> tuple[PlannedTensor, ...]:
 
     Raises:
         LayoutError: the layout is of another depth.
+            Or two neighbours that a new block is to be made from are of different kinds.
         CheckpointError: a residual write has a dtype that cannot hold its fill.
     """
     if layout.base_blocks != base.depth:
@@ -202,11 +190,13 @@ def expanded_tensors(base: Base, layout: Layout) -> tuple[PlannedTensor, ...]:
         planned.append(moved)
     names = base.block_tensors
     for block in layout.new_blocks:
+        means = mean_sources(family, base.checkpoint.config, base.depth, block, tensors)
         for rest in names[block.copy_of]:
             source = tensors[family.join(block.copy_of, rest)]
             copied = _copied(source, block.index, family, rest)
             value = family.fill(rest)
-            planned.append(copied if value is None else _filled(copied, value, source.name))
+            made = replace(copied, source=means.get(rest, copied.source))
+            planned.append(made if value is None else _filled(copied, value, source.name))
     return tuple(planned)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from deepen.expansion.layout import Layout, NewBlock
+from deepen.expansion.layout import Layout
 from deepen.expansion.manifest import EarlierStage, Expansion, Fingerprint, NewBlockRecord
 from deepen.families import Family
 
@@ -37,6 +37,7 @@ def describe_expansion(
                 if (value := family.fill(name)) is not None
             },
             stage=len(earlier),
+            init=None if block.init == "copy" else block.init,
         )
         for block in layout.new_blocks
     ]
@@ -81,8 +82,7 @@ def with_blocks(expansion: Expansion, blocks: Iterable[NewBlockRecord], family: 
     previous = previous_expansion(expansion, family)
     placed = sorted(blocks, key=lambda block: block.after)
     records = [moved_block(block, block.after + 1 + below, family) for below, block in enumerate(placed)]
-    new = (NewBlock(index=b.index, after=b.after, copy_of=b.copy_of) for b in records)
-    layout = Layout(expansion.base_blocks, tuple(new))
+    layout = Layout(expansion.base_blocks, tuple(record.placed for record in records))
     kept = previous.new_blocks if previous else ()
     records += [moved_block(block, layout.position(block.index), family) for block in kept]
     ordered = tuple(sorted(records, key=lambda record: record.index))

@@ -22,7 +22,8 @@ from deepen.checkpoint import (
 from deepen.expansion.apply import Progress, fill_bytes
 from deepen.expansion.config_json import expand_config
 from deepen.expansion.manifest import Expansion, read_expansion
-from deepen.expansion.plan import Base, Copy, Fill, PlannedTensor, expanded_tensors, open_base
+from deepen.expansion.plan import Base, PlannedTensor, expanded_tensors, open_base
+from deepen.expansion.sources import Copy, Fill, Mean
 from deepen.expansion.stages import describe_expansion
 
 Read = Callable[[int, int], bytes]
@@ -65,8 +66,8 @@ def verify_bytes(
     """Compare an expanded checkpoint with its base: tensors, config and record.
 
     Every base tensor must be there unchanged, every residual write of a new block hold its fill, its other
-    tensors equal the block they copy, and nothing else be there. The config must be the base's but for what
-    expansion changes.
+    tensors equal the block they copy, or be what its record says they were made as, and nothing else be
+    there. The config must be the base's but for what expansion changes.
 
     Args:
         base: the base's directory.
@@ -214,6 +215,10 @@ def _planned_reader(planned: PlannedTensor) -> Iterator[Read]:
     with ExitStack() as stack:
         if isinstance(planned.source, Copy):
             yield stack.enter_context(tensor_reader(_as_tensor(planned, planned.source)))
+        elif isinstance(planned.source, Mean):
+            from deepen.expansion.fusion import mean_reader
+
+            yield stack.enter_context(mean_reader(planned.source))
         else:
             element = fill_bytes(planned.dtype, planned.source.value)
             yield lambda offset, count: element * (count // len(element))
@@ -253,7 +258,7 @@ def _first(planned: PlannedTensor, offset: int, wanted: bytes, found: bytes) -> 
     item = ITEM_BYTES[planned.dtype]
     begin = low - low % item
     should, was = (decode(planned.dtype, data[begin : begin + item]) for data in (wanted, found))
-    origin = "its fill" if isinstance(planned.source, Fill) else "the base's"
+    origin = {Fill: "its fill", Mean: "its neighbours' mean"}.get(type(planned.source), "the base's")
     values = ": {}, should be {} {}".format(*_apart(was[0], origin, should[0])) if was and should else ""
     return f" differs from element {(offset + begin) // item}{values}"
 

@@ -13,11 +13,14 @@ from deepen.families.family import (
 )
 from deepen.families.names import generic
 from deepen.families.quantised import check_quantised, renumbered_modules
+from deepen.families.units import Kind, Place, unit_places, without_place
 
 __all__ = [
     "Alternative",
     "Family",
     "Gguf",
+    "Kind",
+    "Place",
     "check_quantised",
     "check_tensors",
     "family_for",
@@ -27,4 +30,6 @@ __all__ = [
     "load_refusals",
     "load_towers",
     "renumbered_modules",
+    "unit_places",
+    "without_place",
 ]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from deepen.checkpoint import Checkpoint
 from deepen.errors import FamilyError, LayoutError
 from deepen.expansion.layout import Layout
 from deepen.expansion.manifest import Fingerprint
@@ -13,6 +14,7 @@ from deepen.families import Family
 from deepen.families.names import generic
 from deepen.model.dtypes import FLOAT_NAMES
 from deepen.model.fingerprint import live_fingerprint
+from deepen.model.fuse import fuse_neighbours
 from deepen.model.names import FileNames, file_names
 from deepen.model.packed import plain_state
 from deepen.model.quantised import fill_from_files, unpacked_files
@@ -38,18 +40,17 @@ def insert_blocks(
 ) -> PreTrainedModel:
     """Add new blocks to a live model, in place; it computes exactly what it did before.
 
-    Each new block is a copy of a base block whose residual writes (W^O and the feed-forward output, with
-    their biases; the gain of the norm behind them, where there is one) are filled so that it adds nothing
-    (arXiv 2401.02415 section 3.1). In a model that is expanded already, earlier new blocks become base; where
-    its packs are all switched off, the blocks become another pack beside them. The blocks of a model that
-    bitsandbytes holds quantised are copied from its files, where they are not.
+    Each new block is a copy of a base block, or made from two (`NewBlock.init`). Its residual writes (W^O and
+    the feed-forward output, with biases; the gain of the norm behind them, where there is one) are filled so
+    that it adds nothing (arXiv 2401.02415 section 3.1). In a model that is expanded already, earlier new
+    blocks become base; where its packs are all switched off, the blocks become another pack beside them. The
+    blocks of a model that bitsandbytes holds quantised are copied from its unquantised files.
 
     Args:
         model: a causal LM of a known family.
         layout: from `deepen.plan_layout`, for the model as it stands.
         base: name or path recorded as the base; default: where the model was loaded from.
-        fingerprint: the base's; default: that of its files when the model still equals them, else of the
-            live tensors.
+        fingerprint: the base's; default: of its files while the model equals them, else of its tensors.
         name: what to call them in `activate` and `detach`.
 
     Returns:
@@ -69,7 +70,7 @@ def insert_blocks(
     if name in state.packs:
         raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
     _check_fillable(blocks, family)
-    files = unpacked_files(model)
+    files = _files_to_copy(model, layout)
     reordered_config(model, family, state.config, layout.origins)
     names = file_names(model)
     tensors = {index: names.of(_tensors(block, family, index)) for index, block in enumerate(blocks)}
@@ -81,13 +82,21 @@ def insert_blocks(
         fingerprint or Fingerprint(fast=live_fingerprint(model)),
         active_expansion(model, state.below) if state.below else None,
     )
-    copies = (_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks)
+    copies = [_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks]
+    fuse_neighbours(model, family, state.config, list(blocks), layout, copies)
     state.packs[name] = Attached(expansion, tuple(copies))
     switch(model, state, [name])
     if files:
         fill_from_files(model, layout, files)
         switch(model, state, [name])  # what was read lies on the CPU
     return model
+
+
+def _files_to_copy(model: PreTrainedModel, layout: Layout) -> Checkpoint | None:
+    files = unpacked_files(model)
+    if files and any(block.init != "copy" for block in layout.new_blocks):
+        raise LayoutError("init: new blocks of a quantised model are copies; choose init copy")
+    return files
 
 
 def _tensors(block: nn.Module, family: Family, index: int) -> dict[str, torch.Tensor]:

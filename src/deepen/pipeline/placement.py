@@ -22,7 +22,12 @@ def place_blocks(expand: ExpandSection, depth: int, fingerprint: str) -> Layout:
     """
     if expand.placement != "importance":
         return plan_layout(
-            depth, blocks=expand.blocks, placement=expand.placement, groups=expand.groups, after=expand.after
+            depth,
+            blocks=expand.blocks,
+            placement=expand.placement,
+            groups=expand.groups,
+            after=expand.after,
+            init=expand.init,
         )
     assert expand.importance is not None  # the recipe has both
     assert expand.blocks is not None
@@ -32,4 +37,4 @@ def place_blocks(expand: ExpandSection, depth: int, fingerprint: str) -> Layout:
             f"{expand.importance}: was measured on {record.model} with fingerprint "
             f"{record.fingerprint[:16]}…,\nnot on this base, with {fingerprint[:16]}…"
         )
-    return plan_layout(depth, after=least_important(record.scores, expand.blocks))
+    return plan_layout(depth, after=least_important(record.scores, expand.blocks), init=expand.init)

@@ -23,6 +23,7 @@ from deepen.pipeline.log import RunLog
 from deepen.pipeline.memory import fit_memory
 from deepen.pipeline.plan import RunPlan
 from deepen.pipeline.prefix import open_prefix
+from deepen.pipeline.rates import open_rates
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.trainee import Trainee
@@ -37,6 +38,7 @@ from deepen.training.loss import Loss, summed_loss
 from deepen.training.optimizer import build_optimizer
 from deepen.training.penalty import penalised
 from deepen.training.prefix import PrefixCache
+from deepen.training.rates import UnitRates
 from deepen.training.signals import stop_on_signal
 from deepen.training.world import World
 
@@ -109,7 +111,8 @@ def train_to_the_end(
     if not first:
         hooks.evaluate(0)
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
-        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix, anchor)
+        rates = open_rates(plan, anchored)
+        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix, anchor, rates)
     stopped = take_back(bound, directory.held, trainee, optimizer, shared, world, reporter)
     return Trained(seconds=log.seconds if log else 0.0, stopped=stopped)
 
@@ -171,6 +174,7 @@ def _train(
     world: World,
     prefix: PrefixCache | None,
     anchor: Anchor | None,
+    rates: UnitRates | None,
 ) -> None:
     """Run the loop, and leave it when a signal comes to any process."""
     with stop_on_signal(patient=world.control is not None) as asked:
@@ -186,6 +190,7 @@ def _train(
             world=world,
             prefix=prefix,
             anchor=anchor,
+            rates=rates,
         )
         if world.any(asked()):
             raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
@@ -213,7 +218,7 @@ def _gauge(plan: RunPlan, trainee: Trainee, anchor: Anchor | None, world: World)
     with torch.autocast(device.type, dtype=trainee.autocast) if trainee.autocast else nullcontext():
         cost = count_flops(*model)
         beside = anchor_flops(*model, anchor) * anchor.windows / plan.windows if anchor else 0.0
-    cost = replace(cost, rest=cost.rest + beside)
+    cost = replace(cost, rest=cost.rest + beside + plan.train.measured_share(plan.windows) * cost.total)
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time
     found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []

@@ -34,12 +34,14 @@ class Flops:
         forward: of one forward pass.
         backward: of gradients, and of blocks that are computed again.
         anchor: of holding the model to its base, for each token that is learned; 0 without an anchor.
+        rates: of measuring unit rates, likewise.
         full_finetune: of training the whole base instead, nothing computed again.
     """
 
     forward: float
     backward: float
     anchor: float
+    rates: float
     full_finetune: float
 
     @property
@@ -50,7 +52,7 @@ class Flops:
     @property
     def total(self) -> float:
         """All."""
-        return self.step + self.anchor
+        return self.step + self.anchor + self.rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +129,15 @@ class Measured:
 
     @property
     def flops(self) -> Flops:
-        """FLOPs for each token, what is computed again included."""
+        """FLOPs for each token learned, what is computed again included."""
         again = sum(self.cost.blocks[index].again for index in self.again)
         forward = self.cost.forward
+        backward = self.cost.total - forward + again
         return Flops(
             forward=forward,
-            backward=self.cost.total - forward + again,
+            backward=backward,
             anchor=self.anchor,
+            rates=self.job.train.measured_share(self.job.windows) * (forward + backward),
             full_finetune=self.full,
         )
 
@@ -185,7 +189,8 @@ def count_training(job: Job) -> tuple[int, float]:
     """
     with one_document():
         ghost = prepare_ghost(job, meta_base(job, "fp32"), "fp32")
-        return ghost.trainable, _count(ghost.model, job).total + _count_anchor(ghost, job)
+        learned = _count(ghost.model, job).total * (1 + job.train.measured_share(job.windows))
+        return ghost.trainable, learned + _count_anchor(ghost, job)
 
 
 def least_memory(job: Job, device: Device) -> Memory:

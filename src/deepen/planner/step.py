@@ -91,7 +91,7 @@ def run_step(ghost: Ghost, job: Job, micro_batch: int) -> Step:
     parameters = list(ghost.parameters.values())
     gradients = sum(4 * parameter.numel() for parameter in parameters)
     moments = optimizer_bytes(parameters, job.train.optimizer)
-    share = -(-job.windows // job.devices)
+    share = -(-job.windows // job.devices) * (1 + job.train.measured_share(job.windows))
     watch = _Watch()
     # Decided by the job's own passes, so that micro-batches compare.
     _clear(parameters, watch if job.passes > 1 else None, ghost)

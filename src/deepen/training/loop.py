@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -15,11 +16,12 @@ from deepen.errors import Diverged, Interrupted
 from deepen.model.structure import family_of
 from deepen.training.anchor import Anchor, anchor_loss
 from deepen.training.interface import Batch, Hooks, Settings, StepReport
-from deepen.training.loss import IGNORED, Loss
+from deepen.training.loss import IGNORED, Loss, summed_loss
 from deepen.training.meters import BlockReport, Blocks, by_block, gradient_norms, step_blocks
 from deepen.training.nonfinite import NotFinite, explain, find_bad_windows
 from deepen.training.parallel import Root, without_exchange
 from deepen.training.prefix import PrefixCache
+from deepen.training.rates import UnitRates, measure_rates, scaling_updates
 from deepen.training.schedule import learning_rate
 from deepen.training.world import World
 
@@ -37,6 +39,7 @@ def train(
     world: World | None = None,
     prefix: PrefixCache | None = None,
     anchor: Anchor | None = None,
+    rates: UnitRates | None = None,
 ) -> None:
     """Train `parameters` from step `first_step` to the last.
 
@@ -51,9 +54,9 @@ def train(
         root: the model spread over processes, see `deepen.training.parallel`; default: it lies in this one.
         world: those processes. Each calls this with the same batches and takes its share of the windows;
             what is reported is the same in all.
-        prefix: what windows are below the first block that trains, so that it is computed once; needs
-            `numbers` in the batches.
+        prefix: what windows are below the first block that trains; needs `numbers` in the batches.
         anchor: what holds the model to its base.
+        rates: how units get learning rates of their own.
 
     Raises:
         Diverged: the loss or a gradient is not finite; the parameters are those of the step before.
@@ -61,18 +64,18 @@ def train(
     """
     world, root = world or World(), root or Root(model)
     blocks = by_block(parameters, family_of(model))
+    measure = partial(_measure_rates, rates, root, parameters, optimizer, batch_at, settings, world)
     model.train()
     for step in range(first_step, settings.steps):
         batch = batch_at(step, settings.windows)
         terms = [_Term(batch, settings.loss, prefix), *_anchor_terms(anchor, step)]
         try:
-            hooks.log(_step(root, parameters, blocks, optimizer, terms, settings, step, world))
+            hooks.log(_step(root, parameters, blocks, optimizer, terms, settings, step, world, measure))
         except NotFinite as found:
             rows = _find_bad_windows(root, parameters, optimizer, batch, settings, world)
             names = [hooks.name_window(step, row) for row in rows]
             raise Diverged(explain(str(found), names, len(batch.tokens))) from None
-        done = step + 1
-        last = done == settings.steps
+        done, last = step + 1, step + 1 == settings.steps
         if last or done % settings.evaluate_every == 0:
             hooks.evaluate(done)
             if hooks.enough():
@@ -94,11 +97,13 @@ def _step(
     settings: Settings,
     step: int,
     world: World,
+    measure: Callable[[int], None],
 ) -> StepReport:
     begin = perf_counter()
     if not world.is_first:
         # The first process's random state is in the checkpoints; the others' follow from the step.
         torch.manual_seed(step * world.size + world.rank)
+    measure(step)
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -108,7 +113,8 @@ def _step(
     if not np.isfinite([loss, norm, *others]).all():
         found = "".join(f", anchor {other}" for other in others)
         raise NotFinite(f"step {step + 1}: loss {loss}{found}, gradient norm {norm}")
-    moved = step_blocks(optimizer, blocks, world)
+    with scaling_updates(optimizer):
+        moved = step_blocks(optimizer, blocks, world)
     optimizer.zero_grad(set_to_none=True)
     batch = terms[0].batch
     counts = np.bincount(batch.sources, weights=batch.trained_tokens)
@@ -122,6 +128,24 @@ def _step(
         blocks={i: BlockReport(gradient_norm=reached[i], update=moved[i]) for i in blocks},
         anchor=others[0] if others else None,
     )
+
+
+def _measure_rates(
+    rates: UnitRates | None,
+    root: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    batch_at: Callable[[int, int], Batch],
+    settings: Settings,
+    world: World,
+    step: int,
+) -> None:
+    """Measure, where it is due, what units matter to general text and to the domain; no weight moves."""
+    if rates is None or not rates.due(step):
+        return
+    terms = (_Term(at(step, rates.windows), summed_loss) for at in (rates.general_at, batch_at))
+    runs = [partial(_accumulate, root, [term], settings, world) for term in terms]
+    measure_rates(rates, parameters, optimizer, runs)
 
 
 def _anchor_terms(anchor: Anchor | None, step: int) -> Iterator["_Term"]:
