@@ -1,4 +1,4 @@
-"""`deepen blocks prune`, `damp`, `average`, `worth`, `effects`: what is done with new blocks after training."""
+"""`deepen blocks prune`, `damp`, `average`, `worth`, `effects`: what is done with blocks after training."""
 
 from pathlib import Path
 from typing import Annotated
