@@ -83,6 +83,8 @@ def test_a_base_learns_from_the_expanded_model(root):
     run_recipe(recipe)
     steps = steps_of(root / "small")
     assert 0 < steps[-1]["loss"] < steps[0]["loss"] / 2
+    for page in ("report.html", "README.md"):
+        assert str(root / "taught") in (root / "small" / page).read_text()
     base, small = (load_file(root / name / "model.safetensors") for name in ("base", "small/model"))
     assert {name: tensor.shape for name, tensor in small.items()} == {
         name: tensor.shape for name, tensor in base.items()

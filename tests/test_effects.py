@@ -111,7 +111,7 @@ def text_of(windows, task="text", role="general", counted=None):
 
 
 def decode(ids):
-    return " ".join(map(str, ids))
+    return "".join(f" {number}" for number in ids).removeprefix(" ")
 
 
 def test_a_block_that_changes_nothing_has_no_effect(tmp_path):
@@ -140,9 +140,9 @@ def test_the_summary_is_of_the_tokens_that_count():
     assert (found.loss.base_value, found.loss.value) == (pytest.approx(7.5 / 4), pytest.approx(5.7 / 4))
     first, second = found.tokens
     # 5 gains 2 and loses 0.5; 8 gains 0.5; 6 loses 0.2.
-    assert (first.token, first.count, first.gain) == ("5", 2, pytest.approx(0.75))
-    assert (first.context, first.context_gain, first.before, first.after) == ("7", 2, "1", "5")
-    assert (second.token, second.count, second.context) == ("8", 1, "5")
+    assert (first.token, first.count, first.gain) == (" 5", 2, pytest.approx(0.75))
+    assert (first.context, first.context_gain, first.before, first.after) == ("7", 2, " 1", " 5")
+    assert (second.token, second.count, second.context) == (" 8", 1, "5")
 
 
 def test_the_command(trial, tmp_path, capsys):

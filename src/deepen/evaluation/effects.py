@@ -17,7 +17,7 @@ from deepen.data.evaluation_text import EvaluationText
 from deepen.evaluation.heldout import Progress
 from deepen.evaluation.paired import PairedItems, compare_items
 from deepen.evaluation.record import number_items
-from deepen.evaluation.windows import check_ids, evaluating, fitting, padded
+from deepen.evaluation.windows import check_ids, evaluating, fitting, padded, vocabulary
 from deepen.model.lens import logit_lens, noting_streams
 from deepen.model.structure import blocks_of, family_of
 from deepen.records import TextEffect, TokenEffect
@@ -109,24 +109,29 @@ def _look(model: Any, indices: Sequence[int], ids: torch.Tensor) -> NDArray[np.f
     blocks = blocks_of(model, family_of(model))
     with noting_streams([blocks[index] for index in indices]) as streams:
         model.base_model(input_ids=ids[:, :-1], use_cache=False)
+    step, found = max(1, _WIDENED_LOGITS // (vocabulary(model) * len(ids))), []
     with logit_lens(model) as lens:
-        found = []
         for below, above in streams:
             share = (above.float() - below.float()).norm(dim=-1) / below.float().norm(dim=-1)
-            before, first_before = _read(lens, below, ids[:, 1:])
-            after, first_after = _read(lens, above, ids[:, 1:])
-            found.append(
-                torch.stack([each.double() for each in (share, before, after, first_before, first_after)])
-            )
-    return torch.stack(found).cpu().numpy()
+            before, first_before = _read(lens, below, ids[:, 1:], step)
+            after, first_after = _read(lens, above, ids[:, 1:], step)
+            # Token numbers are exact in fp32 up to 2²⁴.
+            columns = (share, before, after, first_before.float(), first_after.float())
+            found.append(torch.stack(columns))
+    return torch.stack(found).cpu().double().numpy()
 
 
 def _read(
-    lens: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor
+    lens: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return −log p of the targets and the most likely tokens, read off states: [windows, length] each."""
-    words = lens(states[:, :1]).shape[-1]
-    step = max(1, _WIDENED_LOGITS // (words * len(states)))
+    """Return −log p of the targets and the most likely tokens, read off states: [windows, length] each.
+
+    Args:
+        lens: from states to logits.
+        states: [windows, length, hidden].
+        targets: the true next tokens, [windows, length].
+        step: positions whose logits are made at a time.
+    """
     nats, first = [], []
     for part, wanted in zip(torch.split(states, step, dim=1), torch.split(targets, step, dim=1), strict=True):
         logits = lens(part).float()
@@ -216,13 +221,18 @@ def _strongest(
         row, at = places[best]
         described.append(
             TokenEffect(
-                token=decode([int(words[word])]),
+                token=_piece(decode, words[word]),
                 count=int(counts[word]),
                 gain=float(totals[word] / counts[word]),
                 context=decode(text.windows[row][max(0, at + 1 - _CONTEXT) : at + 1].tolist()),
                 context_gain=float(gains[best]),
-                before=decode([int(effect.first_before[best])]),
-                after=decode([int(effect.first_after[best])]),
+                before=_piece(decode, effect.first_before[best]),
+                after=_piece(decode, effect.first_after[best]),
             )
         )
     return described
+
+
+def _piece(decode: Callable[[Sequence[int]], str], token: np.int64) -> str:
+    """Return a token's text with its space, which some tokenizers take off what they decode first."""
+    return decode([int(token)] * 2)[len(decode([int(token)])) :]
