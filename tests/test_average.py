@@ -158,4 +158,6 @@ def test_the_command(pair, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["blocks", "average", str(out), str(first), str(second), "--weights", "0.7,0.7"]) == 0
     assert "0.5 × law + 0.5 × maths" in capsys.readouterr().out
+    assert main(["blocks", "inspect", str(out)]) == 0
+    assert "average: 0.5 × law + 0.5 × maths" in capsys.readouterr().out
     assert open_pack(out).parameters == open_pack(first).parameters

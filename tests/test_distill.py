@@ -78,9 +78,14 @@ def distilled_at(root, name, teacher="taught", **changes):
     return recipe_at(root, name, **plain, train__teacher=str(root / teacher), **changes)
 
 
-def test_a_base_learns_from_the_expanded_model(root):
-    recipe = distilled_at(root, "small", train__tokens=12 * 128)
-    run_recipe(recipe)
+@pytest.fixture(scope="module")
+def distilled(root):
+    run_recipe(distilled_at(root, "small", train__tokens=12 * 128))
+    return root
+
+
+def test_a_base_learns_from_the_expanded_model(distilled):
+    root = distilled
     steps = steps_of(root / "small")
     assert 0 < steps[-1]["loss"] < steps[0]["loss"] / 2
     for page in ("report.html", "README.md"):
@@ -97,13 +102,12 @@ def test_a_base_learns_from_the_expanded_model(root):
     assert small["value"] < (taught["value"] + taught["base_value"]) / 2
 
 
-def test_the_pack_and_the_merged_model_teach_the_same(root):
-    assert (
-        main(["blocks", "merge", str(root / "base"), str(root / "taught" / "blocks"), str(root / "merged")])
-        == 0
-    )
-    firsts = []
-    for number, teacher in enumerate(("taught", "taught/blocks", "merged")):
+def test_run_pack_and_merged_model_teach_the_same(distilled):
+    root = distilled
+    pack = root / "taught" / "blocks"
+    assert main(["blocks", "merge", str(root / "base"), str(pack), str(root / "merged")]) == 0
+    firsts = [steps_of(root / "small")[0]["loss"]]
+    for number, teacher in enumerate(("taught/blocks", "merged")):
         run_recipe(distilled_at(root, f"same{number}", teacher, train__tokens=128))
         firsts.append(steps_of(root / f"same{number}")[0]["loss"])
     assert firsts[0] == firsts[1] == firsts[2] > 0
@@ -165,7 +169,7 @@ def adapter(root):
 REFUSALS = [
     (other_words, "predicts 300 words"),
     (other_tokenizer, "its tokenizer is not that of"),
-    (adapter, "is an adapter; merge it"),
+    pytest.param(adapter, "is an adapter; merge it", marks=pytest.mark.slow),  # peft is imported
     (lambda root: "nowhere", "train.teacher"),
 ]
 
