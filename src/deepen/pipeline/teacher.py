@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from deepen.config import TeacherSection
+from deepen.data.document_masks import check_document_masks
 from deepen.data.tokens import tokenizer_digest
 from deepen.errors import TrainingError
 from deepen.pipeline.plan import RunPlan
@@ -59,7 +60,7 @@ def open_teacher(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> HeldTea
     """Load the teacher of a run beside its model; None where it has none.
 
     Raises:
-        DeepenError: as `check_teacher`, or it cannot be loaded.
+        DeepenError: as `check_teacher`, it cannot be loaded, or its windows are too short.
     """
     section = plan.train.teacher
     if section is None:
@@ -68,6 +69,13 @@ def open_teacher(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> HeldTea
     subject = check_teacher(section, plan.recipe.base, plan.base.checkpoint.directory)
     model: Any = subject.model.load(trainee.model.device)
     model = (model if trainee.autocast else model.float()).requires_grad_(False)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and longest < plan.length:
+        raise TrainingError(
+            f"{section.model}: has {longest} positions, and data.sequence_length is {plan.length}"
+        )
+    if plan.document_masks:
+        check_document_masks(model)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     reporter.note(f"the teacher is held beside the model: {subject.model.name}, {size / 1e6:,.1f} MB")
     return HeldTeacher(model, subject.model.digest)
