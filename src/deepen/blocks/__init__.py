@@ -1,11 +1,12 @@
 """Block packs: the new blocks alone, a small directory tied to its base. No torch.
 
 Read in this order: `pack` (what it is and whether it fits), `merge` (into a checkpoint, one or several),
-`extract` and `unmerge` (out of one), `adopt` (checkpoints of other tools), `prune` and `damp` (after
-training), `inspect`, `hub`.
+`extract` and `unmerge` (out of one), `adopt` (checkpoints of other tools), `prune`, `damp` and
+`average` (after training), `inspect`, `hub`.
 """
 
 from deepen.blocks.adopt import AdoptResult, adopt
+from deepen.blocks.average import AverageResult, average_packs
 from deepen.blocks.damp import Alphas, DampResult, check_alpha, damp_pack
 from deepen.blocks.extract import ExtractResult, extract_pack
 from deepen.blocks.hub import pack_files, push_pack, resolve_pack
@@ -19,6 +20,7 @@ __all__ = [
     "BLOCKS_NAME",
     "AdoptResult",
     "Alphas",
+    "AverageResult",
     "BlockNorms",
     "BlocksSummary",
     "DampResult",
@@ -30,6 +32,7 @@ __all__ = [
     "Stage",
     "UnmergeResult",
     "adopt",
+    "average_packs",
     "check_alpha",
     "check_pack",
     "copy_pack",

@@ -103,7 +103,7 @@ def stack_packs(
     opened, held = open_base(base), [open_pack(pack) for pack in packs]
     for pack in held:
         check_pack(pack, opened)
-    named = _named(held)
+    named = name_packs(held)
     expansion = _stacked(named, opened.family)
     tensors = expanded_tensors(opened, expansion.layout)
     for name, pack in named.items():
@@ -132,7 +132,7 @@ def single_pack(expansion: Expansion, name: str, family: Family) -> Expansion:
     return with_blocks(expansion, alone, family).model_copy(update={"packs": {}})
 
 
-def _named(packs: Sequence[Pack]) -> dict[str, Pack]:
+def name_packs(packs: Sequence[Pack]) -> dict[str, Pack]:
     """Name packs by their directories; of a hub's cache, by the repository."""
     named: dict[str, Pack] = {}
     for pack in packs:
@@ -157,7 +157,7 @@ def _stacked(packs: Mapping[str, Pack], family: Family) -> Expansion:
                 f"{first.stage}: they were not made on one base"
             )
         blocks += [block.model_copy(update={"pack": name}) for block in pack.expansion.latest_blocks]
-    whole = with_blocks(first, blocks, family)
+    whole = with_blocks(first, blocks, family).model_copy(update={"averaged": {}})
     files = {name: _record_pack(pack, name, whole, family) for name, pack in packs.items()}
     return whole.model_copy(update={"packs": files})
 

@@ -1,5 +1,6 @@
-"""Elements of residual writes scaled about their fill, as bytes. Numpy is needed here."""
+"""Elements of tensors scaled about a number, or averaged, as bytes. Numpy is needed here."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -30,6 +31,25 @@ def damped_bytes(dtype: str, data: bytes, fill: float, alpha: float) -> bytes:
     values = decode_floats(dtype, data).astype(np.float64)
     with np.errstate(all="ignore"):
         return _encode(dtype, fill + alpha * (values - fill))
+
+
+def averaged_bytes(dtype: str, parts: Sequence[bytes], shares: Sequence[float]) -> bytes:
+    """Return the weighted sum of little-endian elements, rounded once, to nearest even.
+
+    Args:
+        dtype: one of `DAMPED`.
+        parts: equally many whole elements each.
+        shares: the weight of each part.
+
+    Raises:
+        OverflowError: a result is not a finite number of the dtype.
+    """
+    with np.errstate(all="ignore"):
+        values = [
+            share * decode_floats(dtype, part).astype(np.float64)
+            for part, share in zip(parts, shares, strict=True)
+        ]
+        return _encode(dtype, np.sum(values, axis=0))
 
 
 def _encode(dtype: str, values: Floats) -> bytes:

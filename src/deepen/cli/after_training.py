@@ -1,4 +1,4 @@
-"""`deepen blocks prune`, `damp` and `worth`: what is done with new blocks after training."""
+"""`deepen blocks prune`, `damp`, `average`, `worth`, `effects`: what is done with blocks after training."""
 
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +56,33 @@ def damp(
     print(f"{out}: {factors}; {human_count(result.scaled)} parameters scaled")
 
 
+def average(
+    out: Out,
+    packs: Annotated[
+        list[str], typer.Argument(help="The packs: of one base, with blocks in the same places.")
+    ],
+    weights: Annotated[
+        str | None, typer.Option(help="One of each pack, e.g. 0.7,0.3; divided by their sum. Default: equal.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Average the tensors of several packs: one pack, as small as each.
+
+    What it can do has to be measured, beside the packs alone and stacked.
+    """
+    from deepen.blocks import average_packs
+
+    given = [_number(part, "--weights") for part in weights.split(",")] if weights is not None else None
+    result = average_packs(packs, out, weights=given, overwrite=overwrite)
+    if as_json:
+        print_json({**vars(result)})
+        return
+    print(result.layout.draw())
+    shares = " + ".join(f"{share:.3g} × {name}" for name, share in result.shares.items())
+    print(f"{out}: {shares}; {human_count(result.parameters)} parameters")
+
+
 def worth(
     base: Annotated[str, typer.Argument(help="The base, or alone an expanded checkpoint (or its hub id).")],
     pack: Annotated[str | None, typer.Argument(help="The block pack: a directory or a hub id.")] = None,
@@ -110,6 +137,59 @@ def worth(
         print_json(record.model_dump(mode="json"))
         return
     print_worth(record, table_console())
+
+
+def effects(
+    target: Annotated[str, typer.Argument(help="A run, a block pack or an expanded checkpoint.")],
+    *,
+    base: Annotated[str | None, typer.Option(help="Where its base is, if not where it says.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to be kept (.txt, .jsonl …). A run has its recipe's, if none is given."),
+    ] = None,
+    domain_text: Annotated[list[str] | None, typer.Option(help="Text that was to be learned.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read of each text.")] = 20_000,
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens named of each block and text.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Keep the record here, as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the figure here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each new block writes, and which predictions it changes.
+
+    The residual stream is read below and above each block by the model's own final norm and head. A run
+    keeps the record in evaluation/effects.json and shows it in its report.
+    """
+    from deepen.cli.display import display
+
+    with display() as reporter:
+        reporter.stage("starting")
+        from deepen.checkpoint import write_file
+        from deepen.config import TextSet
+        from deepen.pipeline.effects import EffectsRequest, explain_blocks
+        from deepen.pipeline.evaluate import choose_device
+        from deepen.report import print_effects, write_effects_page
+
+        request = EffectsRequest(
+            target=target,
+            base=base,
+            texts=tuple(TextSet(path=path) for path in text or ()),
+            domain_texts=tuple(TextSet(path=path) for path in domain_text or ()),
+            max_tokens=max_tokens,
+            named=tokens,
+            device=choose_device(device),
+        )
+        record = explain_blocks(request, reporter)
+        if out is not None:
+            write_file(out, record.model_dump_json(indent=1) + "\n")
+        if html is not None:
+            write_effects_page(record, html)
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+        return
+    from rich.console import Console
+
+    print_effects(record, Console())
 
 
 def _alpha(text: str) -> float | dict[int, float]:

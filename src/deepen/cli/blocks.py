@@ -217,7 +217,13 @@ def push(
         print(url)
 
 
-for _command in (after_training.prune, after_training.damp, after_training.worth):
+for _command in (
+    after_training.prune,
+    after_training.damp,
+    after_training.average,
+    after_training.worth,
+    after_training.effects,
+):
     app.command()(_command)
 
 

@@ -25,6 +25,9 @@ def show(path: str, facts: BlocksSummary) -> None:
             print(f"stage {stage.stage}: {stage.layout.draw()}  on {stage.base}")
     if facts.packs:
         print(f"packs, bottom to top: {', '.join(facts.packs)}")
+    if expansion.averaged:
+        shares = (f"{each.share:.3g} × {name}" for name, each in expansion.averaged.items())
+        print(f"average: {' + '.join(shares)}")
     print(f"base fingerprint (fast): {expansion.base_fingerprint.fast}")
     if facts.base_unchanged is False:
         print("its base blocks are not the base's any more: they were trained too")

@@ -124,6 +124,8 @@ def _report_plan(plan: "Outline", as_json: bool) -> None:
     if anchor := plan.train.anchor:
         copy = "; a frozen copy of the base in memory beside the model" if plan.train.copies_base else ""
         print(f"anchor      {plan.anchor_windows} windows more a step, {anchor.source}{copy}")
+    if teacher := plan.train.teacher:
+        print(f"teacher     {teacher.model}; a frozen model in memory beside the one that trains")
     step = f"{plan.windows} windows × {plan.length} tokens ({plan.micro_batch} windows a forward pass)"
     if plan.known_tokens is not None:
         print(f"tokens      {human_count(plan.known_tokens)} in {plan.known_steps} steps of {step}")

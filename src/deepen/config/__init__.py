@@ -20,6 +20,7 @@ from deepen.config.study import (
     MethodSection,
     StudyRecipe,
 )
+from deepen.config.teacher import TeacherSection
 from deepen.config.texts import DataSection, Place, Source, TextSet
 from deepen.config.training import FreezeSection, LoopSection, LoraSection, PromptSection, TrainSection
 
@@ -50,6 +51,7 @@ __all__ = [
     "SftSection",
     "Source",
     "StudyRecipe",
+    "TeacherSection",
     "TextSet",
     "TrainSection",
     "build_recipe",

@@ -94,6 +94,10 @@ class EvaluateSection(Section):
     """Also measure on these texts, token by token, how far the model has moved from its base: rank shift and
     KL divergence. Costs as much as evaluating twice more. Only with method `blocks`."""
 
+    effects: bool = False
+    """Also measure on the first 20,000 tokens of each of these texts what each new block does: how much it
+    writes, which predictions it changes, at which tokens. Only with method `blocks`."""
+
     suites: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Benchmarks after training, base and model on the same items: `open-llm`, `code`, `math`, `law`,
     `safety`, or a YAML file of that form."""
@@ -226,14 +230,14 @@ class Recipe(Section):
     @classmethod
     def _holds_the_base(cls, evaluate: EvaluateSection, info: ValidationInfo) -> EvaluateSection:
         train, sft = info.data.get("train"), info.data.get("sft")
-        if evaluate.shift and train and train.method != "blocks":
-            raise ValueError(
-                f"shift needs the base inside the trained model, which method {train.method} does not keep"
-            )
-        if evaluate.shift and not train and sft and sft.trainable != "new":
-            raise ValueError(
-                f"shift needs the base inside the tuned model, which trainable {sft.trainable} does not keep"
-            )
+        method = f"method {train.method}" if train and train.method != "blocks" else None
+        if not train and sft and sft.trainable != "new":
+            method = f"trainable {sft.trainable}"
+        if evaluate.shift and method:
+            kind = "trained" if train else "tuned"
+            raise ValueError(f"shift needs the base inside the {kind} model, which {method} does not keep")
+        if evaluate.effects and method:
+            raise ValueError(f"effects is about new blocks that train, which {method} does not have")
         if train and train.max_general_loss is not None and not evaluate.general:
             raise ValueError("general: missing; train.max_general_loss is about its texts")
         return evaluate
@@ -265,6 +269,10 @@ def _drift_faults(train: TrainSection, data: DataSection | None) -> list[str]:
         faults.append("unit_rates needs general text, which is the anchor's: give train.anchor")
     if train.unit_rates and train.parallel == "fsdp":
         faults.append("unit_rates: the units of what is cut over devices are not known; choose parallel: ddp")
+    if train.teacher and train.parallel == "fsdp":
+        faults.append("teacher: its model cannot be cut over devices; choose parallel: ddp")
+    if train.teacher and train.loss == "liger":
+        faults.append("teacher: loss liger knows no other model's predictions; choose loss: parts")
     if train.drift_penalty and train.method != "blocks":
         faults.append(f"drift_penalty is about new blocks, which method {train.method} does not add")
     if train.drift_penalty and train.prefix_cache != "none":

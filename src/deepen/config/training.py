@@ -10,6 +10,7 @@ from pydantic import (
 
 from deepen.config.drift import AnchorSection, UnitRatesSection, with_preset
 from deepen.config.section import Count, Index, Positive, Real, Section, Share, as_tuple
+from deepen.config.teacher import Teacher
 
 Method = Literal["blocks", "full", "lora", "freeze", "moe", "scale", "prompt", "rows"]
 
@@ -167,6 +168,10 @@ class TrainSection(LoopSection):
     anchor: AnchorSection | None = None
     """Hold the model to its base on further windows beside each step's; null: nothing does."""
 
+    teacher: Teacher | None = None
+    """Learn the predictions of another model instead of the text's own words, an expanded model into the
+    base's size for instance; null: the words. See [distilling](distill.md)."""
+
     drift_penalty: Positive | None = None
     """Weight of what the new blocks add to the residual stream, ‖block(x) − x‖² / ‖x‖², its mean over new
     blocks and tokens; null: none. Only with method `blocks`."""
@@ -188,6 +193,11 @@ class TrainSection(LoopSection):
         """Return the windows that `unit_rates` reads beside each of a step of so many, in the mean."""
         rates = self.unit_rates
         return 2 * rates.windows / (rates.every * windows) if rates else 0.0
+
+    @property
+    def held_beside(self) -> bool:
+        """Whether a further whole model lies beside the one that trains: the base's copy, or a teacher."""
+        return self.copies_base or self.teacher is not None
 
     @model_validator(mode="before")
     @classmethod

@@ -57,6 +57,21 @@ class EvaluationText:
         counted = None if self.counted is None else self.counted[rank::size]
         return replace(self, windows=self.windows[rank::size], counted=counted)
 
+    def beginning(self, tokens: int) -> "EvaluationText":
+        """Return the first windows, up to the one that reaches this number of predicted tokens.
+
+        The digest stays the whole text's.
+        """
+        reached = np.cumsum(self.predicted)
+        first = slice(1 + int(np.searchsorted(reached, min(tokens, self.tokens))))
+        return replace(
+            self,
+            windows=self.windows[first],
+            document=self.document[first],
+            bytes=self.bytes[first],
+            counted=None if self.counted is None else self.counted[first],
+        )
+
 
 def load_evaluation_text(
     documents: Iterable[str],

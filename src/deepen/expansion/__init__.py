@@ -29,6 +29,7 @@ from deepen.expansion.expand import (
 from deepen.expansion.layout import Init, Layout, NewBlock, Placement, least_important, plan_layout
 from deepen.expansion.manifest import (
     MANIFEST_NAME,
+    AveragedPack,
     EarlierStage,
     Expansion,
     FileRecord,
@@ -62,6 +63,7 @@ from deepen.expansion.verify import Verification, verify_bytes
 
 __all__ = [
     "MANIFEST_NAME",
+    "AveragedPack",
     "Base",
     "Copy",
     "EarlierStage",

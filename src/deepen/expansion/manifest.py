@@ -67,6 +67,18 @@ class FileRecord(_Record):
 Files = dict[str, FileRecord]
 
 
+class AveragedPack(_Record):
+    """A pack that went into an average.
+
+    Attributes:
+        share: its weight; those of all add up to 1.
+        digest: SHA-256 of its `blocks.safetensors`.
+    """
+
+    share: float = Field(ge=0, le=1)
+    digest: str
+
+
 class NewBlockRecord(_Record):
     """One new block as recorded.
 
@@ -133,9 +145,10 @@ class Expansion(_Record):
         earlier: the stages before this one, from the first.
         base_files: in an expanded checkpoint, what it takes to write the base's files again.
         packs: where several packs were stacked, by name from the bottom: the same of their files.
+        averaged: where the blocks are an average of several packs', these by name.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"earlier", "base_files", "packs"})
+    optional: ClassVar[frozenset[str]] = frozenset({"earlier", "base_files", "packs", "averaged"})
 
     format_version: int = FORMAT_VERSION
     base: str
@@ -146,6 +159,7 @@ class Expansion(_Record):
     earlier: tuple[EarlierStage, ...] = Field(default=(), strict=False)
     base_files: Files = Field(default_factory=dict)
     packs: dict[str, Files] = Field(default_factory=dict)
+    averaged: dict[str, AveragedPack] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Expansion":

@@ -201,7 +201,8 @@ def active_expansion(model: PreTrainedModel, state: State) -> Expansion | None:
         for name in state.active
         for block in state.packs[name].expansion.latest_blocks
     ]
-    return with_blocks(state.packs[state.active[0]].expansion, blocks, file_names(model).family)
+    first = state.packs[state.active[0]].expansion
+    return with_blocks(first, blocks, file_names(model).family).model_copy(update={"averaged": {}})
 
 
 def _recorded(

@@ -69,6 +69,11 @@ class RunDirectory:
         return self.evaluation / "base-windows.json"
 
     @property
+    def effects(self) -> Path:
+        """What each new block does, where that was measured."""
+        return self.evaluation / "effects.json"
+
+    @property
     def findings(self) -> Path:
         """What the checks of the training text found: overlap with the evaluation texts, near-duplicates."""
         return self.root / "findings.json"
@@ -101,7 +106,8 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunResult | N
             or it overlaps the base or the pack.
     """
     directory = RunDirectory(Path(recipe.output))
-    named = (recipe.base, recipe.pack)
+    teacher = recipe.train.teacher if recipe.train else None
+    named = (recipe.base, recipe.pack, teacher.model if teacher else None)
     check_apart(directory.root, tuple(Path(each) for each in named if each and os.path.isdir(each)))
     if not directory.root.exists():
         return None

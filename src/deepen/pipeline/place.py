@@ -39,7 +39,7 @@ def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
     whole = train.quantise != "none" or train.optimizer == "adamw_8bit" or train.method == "rows"
     if device.type != "cuda" or whole:
         return "ddp"
-    if train.copies_base or train.unit_rates:  # the copy is not cut, nor are units
+    if train.held_beside or train.unit_rates:  # that model is not cut, nor are units
         return "ddp"
     counts = plan.parameters
     trainable = counts.trainable or 0  # adapters are small

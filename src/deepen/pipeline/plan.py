@@ -144,6 +144,7 @@ def plan_run(recipe: Recipe) -> Outline:
         if text.path is not None:
             _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]
     _check_names(recipe, faults)
+    _check_teacher(recipe, base, faults)
     _check_tasks(recipe.evaluate, faults)
     if faults:
         raise RecipeError("\n".join(faults))
@@ -210,7 +211,8 @@ def tuning_recipe(recipe: Recipe) -> Recipe:
     """Return what tunes after training, as a recipe of its own: in `sft/`, on the pack that training left."""
     assert recipe.sft is not None
     keeps = recipe.sft.trainable == "new"
-    evaluate = recipe.evaluate.model_copy(update={"shift": recipe.evaluate.shift and keeps})
+    measured = {"shift": recipe.evaluate.shift and keeps, "effects": recipe.evaluate.effects and keeps}
+    evaluate = recipe.evaluate.model_copy(update=measured)
     changes = {
         "output": str(Path(recipe.output) / "sft"),
         "expand": None,
@@ -305,6 +307,14 @@ def _check_names(recipe: Recipe, faults: list[str]) -> None:
         kind = "sets" if where == "sft.data" else "texts"
         for name in sorted({name for name in names if names.count(name) > 1}):
             faults.append(f"{where}: two {kind} are called {name}; give one of them another name")
+
+
+def _check_teacher(recipe: Recipe, base: Base, faults: list[str]) -> None:
+    if recipe.train and (section := recipe.train.teacher):
+        from deepen.pipeline.teacher import check_teacher
+
+        where = base.checkpoint.directory
+        _collect(faults, "train.teacher", lambda: check_teacher(section, recipe.base, where))
 
 
 def _check_tasks(section: EvaluateSection, faults: list[str]) -> None:

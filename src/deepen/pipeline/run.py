@@ -21,6 +21,7 @@ from deepen.model import bypass
 from deepen.pipeline.anchor import prepare_anchor
 from deepen.pipeline.baseline import Losses, base_losses, hand_on_losses
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
+from deepen.pipeline.effects import EFFECTS_TOKENS, record_effects
 from deepen.pipeline.evaluate import evaluate_run
 from deepen.pipeline.material import prepare_material
 from deepen.pipeline.place import choose_place
@@ -28,6 +29,7 @@ from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run, tuning
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.scoring import score_texts, shift_texts
+from deepen.pipeline.texts import load_tokenizer
 from deepen.pipeline.trainee import (
     Trainee,
     assemble_trainee,
@@ -182,6 +184,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         audit = _audit(plan, trainee, reporter)
         outputs = _save(plan, trainee, directory, material.template, reporter)
         _record(plan, texts, losses, base, shift, directory, outputs[0], provenance)
+        _effects(plan, trainee, texts, outputs[0], directory, reporter)
         quantisation = conclude_quantisation(plan, trainee, place, texts, base, losses, reporter)
         set_aside(trainee)
         evaluate_run(outputs[0], recipe, directory.evaluation, place.device, reporter)
@@ -200,6 +203,24 @@ def _shift(
     return shift_texts(
         trainee.root, texts, world, bypass, autocast=trainee.autocast, progress=reporter.progress
     )
+
+
+def _effects(
+    plan: RunPlan,
+    trainee: Trainee,
+    texts: Sequence[EvaluationText],
+    model: Path,
+    directory: RunDirectory,
+    reporter: Reporter,
+) -> None:
+    if not (plan.recipe.evaluate.effects and texts):
+        return
+    tokenizer = load_tokenizer(plan.base.checkpoint.directory)
+    some = [text.beginning(EFFECTS_TOKENS) for text in texts]
+    record = record_effects(
+        trainee.model, some, tokenizer, name=str(model), autocast=trainee.autocast, reporter=reporter
+    )
+    write_file(directory.effects, record.model_dump_json(indent=1) + "\n")
 
 
 def _audit(plan: RunPlan, trainee: Trainee, reporter: Reporter) -> AuditResult | None:

@@ -15,7 +15,7 @@ from deepen.data.batches import Batch, Mixture
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import DataError, Interrupted
 from deepen.evaluation.record import nats_per_token
-from deepen.model.structure import blocks_of
+from deepen.model.structure import blocks_of, family_of
 from deepen.pipeline.anchor import open_anchor
 from deepen.pipeline.bound import Bound, take_back
 from deepen.pipeline.directory import RunDirectory
@@ -26,9 +26,10 @@ from deepen.pipeline.prefix import open_prefix
 from deepen.pipeline.rates import open_rates
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.scoring import score_texts
+from deepen.pipeline.teacher import HeldTeacher, open_teacher
 from deepen.pipeline.trainee import Trainee
 from deepen.records import EarlyStop
-from deepen.training.anchor import Anchor, anchor_flops
+from deepen.training.anchor import Anchor, anchor_flops, anchor_loss
 from deepen.training.checkpoints import newest_checkpoint, restore_checkpoint, save_checkpoint
 from deepen.training.flops import Gauge, attained, calibration_flops, count_flops
 from deepen.training.interface import Hooks, Settings, StepReport
@@ -36,6 +37,7 @@ from deepen.training.liger import liger_loss
 from deepen.training.loop import train
 from deepen.training.loss import Loss, summed_loss
 from deepen.training.optimizer import build_optimizer
+from deepen.training.parallel import Root
 from deepen.training.penalty import penalised
 from deepen.training.prefix import PrefixCache
 from deepen.training.rates import UnitRates
@@ -93,11 +95,12 @@ def train_to_the_end(
     torch.manual_seed(plan.train.seed)
     prefix = open_prefix(plan, trainee, mixture, world, reporter)
     anchor = open_anchor(plan, trainee, anchored, reporter)
+    teacher = open_teacher(plan, trainee, reporter)
     fit_memory(plan, trainee, world, reporter)
     optimizer = _optimizer(plan, trainee)
-    shared = _identity(plan, mixture, anchored)
+    shared = _identity(plan, mixture, anchored, teacher)
     first = _restore(plan, trainee, optimizer, shared, directory, world, reporter)
-    gauge = _gauge(plan, trainee, anchor, world)
+    gauge = _gauge(plan, trainee, anchor, teacher, world)
     reporter.stage("training")
     log = world.first_only(lambda: RunLog(plan, mixture, prefix, directory, reporter, first, gauge))
 
@@ -110,9 +113,10 @@ def train_to_the_end(
     hooks = _hooks(plan, trainee, mixture, texts, base_loss, bound, log, save, world)
     if not first:
         hooks.evaluate(0)
+    settings = _settings(plan, trainee, teacher)
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
         rates = open_rates(plan, anchored)
-        _train(plan, trainee, mixture, optimizer, hooks, first, world, prefix, anchor, rates)
+        _train(trainee, mixture, optimizer, settings, hooks, first, world, prefix, anchor, rates)
     stopped = take_back(bound, directory.held, trainee, optimizer, shared, world, reporter)
     return Trained(seconds=log.seconds if log else 0.0, stopped=stopped)
 
@@ -165,10 +169,10 @@ def _optimizer(plan: RunPlan, trainee: Trainee) -> torch.optim.Optimizer:
 
 
 def _train(
-    plan: RunPlan,
     trainee: Trainee,
     mixture: Mixture,
     optimizer: torch.optim.Optimizer,
+    settings: Settings,
     hooks: Hooks,
     first: int,
     world: World,
@@ -183,7 +187,7 @@ def _train(
             trainee.parameters,
             optimizer,
             _known(trainee, mixture),
-            _settings(plan, trainee),
+            settings,
             replace(hooks, stop=asked),
             first_step=first,
             root=trainee.root,
@@ -193,7 +197,7 @@ def _train(
             rates=rates,
         )
         if world.any(asked()):
-            raise Interrupted(f"stopped after the last step, {plan.steps}; continue with --resume")
+            raise Interrupted(f"stopped after the last step, {settings.steps}; continue with --resume")
 
 
 def _ignore(_: StepReport) -> None:
@@ -210,7 +214,9 @@ def _window_names(plan: RunPlan, mixture: Mixture) -> Callable[[int, int], str]:
     return name
 
 
-def _gauge(plan: RunPlan, trainee: Trainee, anchor: Anchor | None, world: World) -> Gauge:
+def _gauge(
+    plan: RunPlan, trainee: Trainee, anchor: Anchor | None, teacher: HeldTeacher | None, world: World
+) -> Gauge:
     """Count what a step computes, and measure what the devices attain where the run is long enough for it."""
     device = trainee.model.device
     blocks = list(blocks_of(trainee.model, plan.base.family))
@@ -218,14 +224,20 @@ def _gauge(plan: RunPlan, trainee: Trainee, anchor: Anchor | None, world: World)
     with torch.autocast(device.type, dtype=trainee.autocast) if trainee.autocast else nullcontext():
         cost = count_flops(*model)
         beside = anchor_flops(*model, anchor) * anchor.windows / plan.windows if anchor else 0.0
-    cost = replace(cost, rest=cost.rest + beside + plan.train.measured_share(plan.windows) * cost.total)
+        if teacher:
+            theirs = list(blocks_of(teacher.model, family_of(teacher.model)))
+            beside += count_flops(Root(teacher.model), teacher.model, theirs, plan.length).total
+    beside += plan.train.measured_share(plan.windows) * cost.total
+    cost = replace(cost, rest=cost.rest + beside)
     worth = cost.total * plan.tokens > _CALIBRATION_SHARE * world.size * calibration_flops(device)
     world.any(False)  # processes that share a processor measure at one time
     found = world.gather(attained(device, trainee.autocast or torch.float32)) if worth else []
     return Gauge(cost=cost, attained=sum(found) or None)
 
 
-def _identity(plan: RunPlan, mixture: Mixture, anchored: Mixture | None) -> dict[str, Any]:
+def _identity(
+    plan: RunPlan, mixture: Mixture, anchored: Mixture | None, teacher: HeldTeacher | None
+) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must share."""
     shared = {
         "base": plan.fingerprint,
@@ -234,7 +246,8 @@ def _identity(plan: RunPlan, mixture: Mixture, anchored: Mixture | None) -> dict
         "windows": plan.windows,
         **({"pack": _digest(plan.pack / BLOCKS_NAME)} if plan.pack else {}),
     }
-    return shared | ({"anchor": anchored.digest} if anchored else {})
+    beside = {"anchor": anchored, "teacher": teacher}
+    return shared | {name: each.digest for name, each in beside.items() if each}
 
 
 def _digest(path: Path) -> str:
@@ -278,7 +291,7 @@ def _restore(
     return saved.step
 
 
-def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
+def _settings(plan: RunPlan, trainee: Trainee, teacher: HeldTeacher | None) -> Settings:
     section = plan.train
     return Settings(
         steps=plan.steps,
@@ -292,13 +305,15 @@ def _settings(plan: RunPlan, trainee: Trainee) -> Settings:
         autocast=trainee.autocast,
         evaluate_every=plan.evaluate_every,
         checkpoint_every=plan.checkpoint_every,
-        loss=_loss(plan, trainee),
+        loss=_loss(plan, trainee, teacher),
     )
 
 
-def _loss(plan: RunPlan, trainee: Trainee) -> Loss:
+def _loss(plan: RunPlan, trainee: Trainee, teacher: HeldTeacher | None) -> Loss:
     section = plan.train
     loss = liger_loss(trainee.model, trainee.autocast) if section.loss == "liger" else summed_loss
+    if teacher and section.teacher:
+        loss = anchor_loss(lambda _: nullcontext(teacher.model), likelihood=section.teacher.cross_entropy)
     if section.drift_penalty and plan.layout:
         return penalised(loss, section.drift_penalty, plan.layout.new_indices)
     return loss

@@ -8,6 +8,7 @@ from deepen.records.continual import (
     SequenceTaskRecord,
     TaskAnswers,
 )
+from deepen.records.effects import BlockEffects, EffectsRecord, TextEffect, TokenEffect
 from deepen.records.findings import FindingsRecord
 from deepen.records.importance import BlockImportance, ImportanceRecord
 from deepen.records.knowledge import KnowledgeRecord, KnowledgeRow
@@ -37,6 +38,7 @@ from deepen.records.worth import BlockWorth, PathPoint, WorthRecord
 __all__ = [
     "AnyStudy",
     "AuditResult",
+    "BlockEffects",
     "BlockImportance",
     "BlockPoint",
     "BlockWorth",
@@ -47,6 +49,7 @@ __all__ = [
     "ContinualRecord",
     "Difference",
     "EarlyStop",
+    "EffectsRecord",
     "EvaluationPoint",
     "EvaluationRecord",
     "FindingsRecord",
@@ -77,7 +80,9 @@ __all__ = [
     "TaskAnswers",
     "TaskRecord",
     "TaskScores",
+    "TextEffect",
     "TextResult",
+    "TokenEffect",
     "TokenShift",
     "TrainingPoint",
     "WorthRecord",

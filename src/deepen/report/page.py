@@ -4,6 +4,7 @@ from pathlib import Path
 
 from deepen.config import dump_recipe
 from deepen.report.blocks import HEIGHT, WIDTH, trace_blocks
+from deepen.report.effects import effects_chart
 from deepen.report.figures import heldout_chart, speed_chart, training_chart
 from deepen.report.layout import draw_tower
 from deepen.report.read import RunReport, read_run
@@ -56,6 +57,8 @@ def render_report(report: RunReport, *, reload: int | None = None) -> str:
         units=units(report),
         charts=[chart for chart in charts if chart],
         blocks=trace_blocks(report),
+        effects=report.effects,
+        effects_chart=effects_chart(report.effects) if report.effects else None,
         spark=(WIDTH, HEIGHT),
         recipe=dump_recipe(report.recipe),
     )

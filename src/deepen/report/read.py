@@ -7,6 +7,7 @@ from statistics import median
 
 from deepen.config import ConversationSet, Recipe, Source, TrainSection, load_recipe
 from deepen.records import (
+    EffectsRecord,
     EvaluationPoint,
     EvaluationRecord,
     FindingsRecord,
@@ -49,6 +50,7 @@ class RunReport:
         training: logged steps, ascending.
         evaluations: held-out losses during training, ascending.
         heldout: the final evaluation, or None where the recipe names no texts.
+        effects: what each new block does, or None where it was not measured.
         tasks: finished benchmark tasks, by name.
         findings: of the checks of its texts in one line, or None where it asks for none.
     """
@@ -60,6 +62,7 @@ class RunReport:
     training: list[TrainingPoint]
     evaluations: list[EvaluationPoint]
     heldout: EvaluationRecord | None
+    effects: EffectsRecord | None
     tasks: list[TaskRecord]
     findings: str | None
 
@@ -201,6 +204,7 @@ def watch_run(run_dir: Path) -> RunReport:
 def _read(run_dir: Path, outcome: RunResult | None) -> RunReport:
     training, evaluations = read_metrics(run_dir / "metrics.jsonl")
     heldout, findings = run_dir / "evaluation" / "heldout.json", run_dir / "findings.json"
+    effects = heldout.with_name("effects.json")
     return RunReport(
         name=run_dir.resolve().name,
         outcome=outcome,
@@ -209,6 +213,7 @@ def _read(run_dir: Path, outcome: RunResult | None) -> RunReport:
         training=training,
         evaluations=evaluations,
         heldout=read_record(heldout, EvaluationRecord) if heldout.exists() else None,
+        effects=read_record(effects, EffectsRecord) if effects.exists() else None,
         tasks=[read_record(path, TaskRecord) for path in sorted(heldout.parent.glob("task-*.json"))],
         findings=read_record(findings, FindingsRecord).line if findings.exists() else None,
     )

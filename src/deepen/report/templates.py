@@ -30,6 +30,7 @@ def _environment() -> Environment:
         "duration": wording.duration,
         "loss": wording.loss,
         "change": wording.change,
+        "shown": wording.shown,
         "date": _date,
         "md": _markdown,
     }

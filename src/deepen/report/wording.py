@@ -54,6 +54,11 @@ def number(value: int, noun: str) -> str:
     return f"{value} {noun}" if value == 1 else f"{value:,} {noun}s"
 
 
+def shown(text: str) -> str:
+    """Return a piece of text in quotes on one line, line breaks and odd characters made visible."""
+    return f"‘{repr(text)[1:-1]}’"
+
+
 def epochs(value: float) -> str:
     """Write how often a text was gone through: 1 epoch, 0.52 epochs."""
     written = f"{value:.3g}"

@@ -37,7 +37,7 @@ def path_chart(record: WorthRecord) -> Chart:
     def draw(axes: Axes) -> None:
         axes.axvline(base.general.value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.axhline(base.domain.value, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        bars = [[list(arm) for arm in zip(*map(_arms, role), strict=True)] for role in _by_role(record)]
+        bars = [[list(arm) for arm in zip(*map(arms, role), strict=True)] for role in _by_role(record)]
         axes.errorbar(
             xs,
             ys,
@@ -73,7 +73,7 @@ def _by_role(record: WorthRecord) -> tuple[list[Metric], list[Metric]]:
     return [point.general for point in record.path], [point.domain for point in record.path]
 
 
-def _arms(metric: Metric) -> tuple[float, float]:
+def arms(metric: Metric) -> tuple[float, float]:
     """Lengths of an interval's bar below and above its point."""
     if metric.delta is None or metric.ci_low is None or metric.ci_high is None:
         return 0.0, 0.0
@@ -90,7 +90,7 @@ def print_worth(record: WorthRecord, console: Console) -> None:
 
 
 def _block_table(record: WorthRecord) -> Table:
-    table = _table("block", "after", "general without", "domain without", "adds, general", "adds, domain")
+    table = new_table("block", "after", "general without", "domain without", "adds, general", "adds, domain")
     for each in record.blocks:
         table.add_row(
             str(each.block),
@@ -104,7 +104,7 @@ def _block_table(record: WorthRecord) -> Table:
 
 
 def _path_table(record: WorthRecord) -> Table:
-    table = _table("α", "general", "from base", "domain", "from base")
+    table = new_table("α", "general", "from base", "domain", "from base")
     for point in record.path:
         mark = "→ " if point.alpha == record.chosen else ""
         general, domain = point.general, point.domain
@@ -114,7 +114,8 @@ def _path_table(record: WorthRecord) -> Table:
     return table
 
 
-def _table(*titles: str) -> Table:
+def new_table(*titles: str) -> Table:
+    """Return a table of numbers for the terminal, without rows."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)

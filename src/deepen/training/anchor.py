@@ -21,7 +21,7 @@ from deepen.model.head import only_head
 from deepen.model.structure import blocks_of, family_of
 from deepen.training.flops import count_flops
 from deepen.training.interface import Batch
-from deepen.training.loss import IGNORED, Loss, summed_by_parts
+from deepen.training.loss import IGNORED, Loss, summed_by_parts, summed_cross_entropy
 from deepen.training.parallel import Root
 from deepen.training.prefix import Prefix, handing_over, noting
 
@@ -52,7 +52,7 @@ class Anchor:
     prefix: Prefix | None = None
 
 
-def anchor_loss(base: BaseOf, prefix: Prefix | None = None) -> Loss:
+def anchor_loss(base: BaseOf, prefix: Prefix | None = None, likelihood: float = 0.0) -> Loss:
     """Return what sums KL(base ‖ model) over positions, in nats; called as `summed_loss`.
 
     The whole logits of neither exist at any time. Dropout is off in the base.
@@ -60,6 +60,7 @@ def anchor_loss(base: BaseOf, prefix: Prefix | None = None) -> Loss:
     Args:
         base: as in `Anchor`.
         prefix: as in `Anchor`.
+        likelihood: weight of the negative log-likelihood of the targets beside the divergence.
     """
 
     def loss(
@@ -88,9 +89,13 @@ def anchor_loss(base: BaseOf, prefix: Prefix | None = None) -> Loss:
             ) -> torch.Tensor:
                 with torch.no_grad():
                     wanted = (other or run)(before[:, place])
-                return divergence(wanted, run(part)).masked_fill(~counted[:, place], 0).sum()
+                found = run(part)
+                apart = divergence(wanted, found).masked_fill(~counted[:, place], 0).sum()
+                if not likelihood:
+                    return apart
+                return apart + likelihood * summed_cross_entropy(found, targets[:, place])
 
-            return summed_by_parts(model, after, measure, held=_HELD)
+            return summed_by_parts(model, after, measure, held=_HELD + (likelihood > 0))
 
     return loss
 

@@ -51,7 +51,7 @@ def summed_loss(
     placed = {} if positions is None else {"position_ids": positions}
     states = model.base_model(input_ids=inputs, use_cache=False, **placed).last_hidden_state
     return summed_by_parts(
-        model, states, lambda run, part, place: _cross_entropy(run(part), targets[:, place])
+        model, states, lambda run, part, place: summed_cross_entropy(run(part), targets[:, place])
     )
 
 
@@ -123,6 +123,7 @@ class _HeadLoss(torch.autograd.Function):
         return scaled[0], None, None, None, *scaled[1:]
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the summed negative log-likelihood of labels [...] under logits [..., words], in nats."""
     flat = logits.flatten(0, 1).float()
     return functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from deepen.model.stand_in import StandIn, standing_in
 from deepen.model.structure import blocks_of, family_of
 from deepen.training.loss import IGNORED, Loss
-from deepen.training.stand_in import StandIn, standing_in
 
 
 def penalised(loss: Loss, weight: float, new: Collection[int]) -> Loss:

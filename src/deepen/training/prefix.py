@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from deepen.errors import TrainingError
 from deepen.families import Family
+from deepen.model.stand_in import Passed, StandIn, Watched, standing_in
 from deepen.model.structure import blocks_of, family_of
 from deepen.training.prefix_file import PrefixFile
-from deepen.training.stand_in import StandIn, standing_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def find_prefix(model: PreTrainedModel, autocast: torch.dtype | None = None) -> 
     if depth == 0:
         raise _refusal("nothing lies below the first block that trains")
     entry = _FirstEntry(blocks[depth])
-    below = {index: _Watched(block) for index, block in enumerate(blocks[:depth])}
+    below = {index: Watched(block) for index, block in enumerate(blocks[:depth])}
     whole = _trial(model, autocast, blocks, {**below, depth: entry})
     states = entry.found
     if states is None or states.shape[: _TRIAL.ndim] != _TRIAL.shape:
@@ -143,8 +143,8 @@ def noting(prefix: Prefix) -> Iterator[list[torch.Tensor]]:
 def handing_over(prefix: Prefix, states: torch.Tensor) -> Iterator[None]:
     """Have passes within take these states for what leaves the blocks below, none of which is run."""
     top = prefix.depth - 1
-    passed = {index: _Passed(prefix.blocks[index], items) for index, items in enumerate(prefix.returned)}
-    passed[top] = _Passed(prefix.blocks[top], prefix.returned[top], states)
+    passed = {index: Passed(prefix.blocks[index], items) for index, items in enumerate(prefix.returned)}
+    passed[top] = Passed(prefix.blocks[top], prefix.returned[top], states)
     with standing_in(prefix.blocks, passed):
         yield
 
@@ -184,19 +184,8 @@ def _trial(
 
 
 def _passed_by(prefix: Prefix, entry: "_Entry") -> dict[int, nn.Module]:
-    passed = {index: _Passed(prefix.blocks[index], items) for index, items in enumerate(prefix.returned)}
+    passed = {index: Passed(prefix.blocks[index], items) for index, items in enumerate(prefix.returned)}
     return {**passed, prefix.depth: entry}
-
-
-class _Watched(StandIn):
-    """Notes what its block returns."""
-
-    items = 0
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = self.block(*args, **kwargs)
-        self.items = len(found) if isinstance(found, tuple) else 0
-        return found
 
 
 class _Leaving(StandIn):
@@ -210,20 +199,6 @@ class _Leaving(StandIn):
         found = self.block(*args, **kwargs)
         self.noted.append(found[0] if isinstance(found, tuple) else found)
         return found
-
-
-class _Passed(StandIn):
-    """Returns what it is given, or other states, in the form in which its block returns something."""
-
-    def __init__(self, block: nn.Module, items: int, states: torch.Tensor | None = None) -> None:
-        super().__init__(block)
-        self.items = items
-        self._given = states
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = args[0] if args else kwargs["hidden_states"]
-        states = found if self._given is None else self._given
-        return (states, *[None] * (self.items - 1)) if self.items else states
 
 
 class _Entry(StandIn):
