@@ -29,6 +29,10 @@ class LoraSection(Section):
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """`lora`, rank-stabilised (`rslora`), or with magnitudes apart from directions (`dora`)."""
 
+    modules_to_save: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    """Modules that train whole beside the adapter and are saved with it, by the ends of their names. For an
+    extended vocabulary `[embed_tokens, lm_head]`, as Chinese-LLaMA-Alpaca does; their old rows move too."""
+
 
 class FreezeSection(Section):
     """Settings of method `freeze`."""
@@ -80,6 +84,11 @@ class LoopSection(Section):
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+
+    quantise: Literal["none", "8bit", "4bit"] = "none"
+    """How the frozen base is held: `8bit` (LLM.int8) or `4bit` (NF4) packs the linear layers of its blocks by
+    bitsandbytes; head, embeddings and what trains are not quantised. For methods `blocks`, `lora` and
+    `prompt`, and for tuning `new` blocks or `lora`."""
 
     loss: Literal["parts", "liger"] = "parts"
     """Cross-entropy without the logits of a whole batch in memory: in `parts`, by PyTorch alone; or by the
@@ -135,10 +144,6 @@ class TrainSection(LoopSection):
 
     prompt: PromptSection = PromptSection()
     """For method `prompt`."""
-
-    quantise: Literal["none", "8bit", "4bit"] = "none"
-    """How the frozen base is held: `8bit` (LLM.int8) or `4bit` (NF4) packs the linear layers of its blocks by
-    bitsandbytes; head, embeddings and what trains are not quantised. For `blocks`, `lora` and `prompt`."""
 
     match_parameters: Count | None = None
     """Trainable parameters to come as near to as possible: decides `lora.rank` or `freeze.blocks`."""

@@ -208,8 +208,10 @@ def _without_adapters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     """Return a state without what peft's adapters have added to it, under the names it had before them."""
     plain = {}
     for name, tensor in state.items():
-        if ".lora_" in name or ".adaption_" in name:
+        if any(added in name for added in (".lora_", ".adaption_", ".modules_to_save.")):
             continue
-        # Where peft keeps the layer that it wraps: LoRA's, and LLaMA-Adapter's attention.
-        plain[name.replace(".base_layer.", ".").replace(".self_attn.model.", ".self_attn.")] = tensor
+        # Where peft keeps the layer that it wraps: LoRA's, a module saved whole, LLaMA-Adapter's attention.
+        for kept in (".base_layer.", ".original_module."):
+            name = name.replace(kept, ".")
+        plain[name.replace(".self_attn.model.", ".self_attn.")] = tensor
     return plain

@@ -39,7 +39,8 @@ def base_losses(
     Returns:
         task -> nats per window.
     """
-    scored = {"base": plan.fingerprint, "texts": {text.task: text.digest for text in texts}}
+    digests = {text.task: text.digest for text in texts}
+    scored = {"base": plan.fingerprint, "quantise": plan.train.quantise, "texts": digests}
     held = world.first(lambda: _held_losses(directory, scored))
     if held is not None:
         return held

@@ -37,7 +37,7 @@ def choose_place(plan: RunPlan, world: World) -> Place:
 def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
     train = plan.train
     whole = train.quantise != "none" or train.optimizer == "adamw_8bit" or train.method == "rows"
-    if device.type != "cuda" or whole:
+    if device.type != "cuda" or whole or train.lora.modules_to_save:
         return "ddp"
     if train.copies_base:  # the copy is not cut
         return "ddp"

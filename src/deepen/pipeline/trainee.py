@@ -13,6 +13,7 @@ from deepen.errors import CheckFailed
 from deepen.expansion import Fingerprint
 from deepen.methods import WIDE, Method, build_method
 from deepen.model import (
+    attach,
     base_fingerprint,
     base_names,
     compare_probes,
@@ -75,6 +76,8 @@ def load_base(plan: RunPlan, place: Place) -> tuple[PreTrainedModel, torch.dtype
     directory, dtype = plan.base.checkpoint.directory, torch.float32 if wide else None
     if (quantisation := plan.train.quantise) != "none":
         model = load_quantised(directory, quantisation, dtype=dtype, device=where)
+        if plan.pack:
+            attach(model, plan.pack)
     else:
         model = load(directory, plan.pack, dtype=dtype, device=where)
     if plan.layout is None:
