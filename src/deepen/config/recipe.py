@@ -167,6 +167,7 @@ class Recipe(Section):
             faults.append("method blocks needs an expand section (for example expand: {blocks: 8})")
         if train.method != "blocks" and isinstance(expand, ExpandSection):
             faults.append(f"method {train.method} trains on the base itself; remove the expand section")
+        faults += _row_faults(train)
         faults += _quantisation_faults(train)
         faults += _drift_faults(train, data if isinstance(data, DataSection) else None)
         if train.match_parameters and train.method not in ("lora", "freeze"):
@@ -175,8 +176,6 @@ class Recipe(Section):
             faults.append("match_parameters counts adapters alone; remove lora.modules_to_save")
         if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
             faults.append(f"prefix_cache has nothing to keep: method {train.method} trains in every block")
-        if train.method == "rows" and train.parallel == "fsdp":
-            faults.append("method rows: its tables cannot be cut over devices; choose parallel: ddp")
         if data is None:
             faults.append("needs a data section, the texts to train on")
         if isinstance(data, DataSection) and train.batch_tokens < data.sequence_length:
@@ -261,6 +260,18 @@ def _drift_faults(train: TrainSection, data: DataSection | None) -> list[str]:
         faults.append(f"drift_penalty is about new blocks, which method {train.method} does not add")
     if train.drift_penalty and train.prefix_cache != "none":
         faults.append("drift_penalty needs what enters the new blocks; set prefix_cache to none")
+    return faults
+
+
+def _row_faults(train: TrainSection) -> list[str]:
+    faults = []
+    if train.new_rows and train.method != "blocks":
+        faults.append(f"new_rows is for method blocks, not {train.method}; method rows trains rows alone")
+    if train.new_rows and train.prefix_cache != "none":
+        faults.append("prefix_cache has nothing to keep: new_rows trains in the embeddings")
+    if (train.new_rows or train.method == "rows") and train.parallel == "fsdp":
+        what = "new_rows" if train.new_rows else "method rows"
+        faults.append(f"{what}: tables cannot be cut over devices; choose parallel: ddp")
     return faults
 
 

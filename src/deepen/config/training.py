@@ -136,6 +136,10 @@ class TrainSection(LoopSection):
     control), norms, biases and scales (`scale`, LLaMA-Adapter V2), attention prompts (`prompt`,
     LLaMA-Adapter), or the new rows of an extended vocabulary (`rows`, Chinese-LLaMA's first stage)."""
 
+    new_rows: bool = False
+    """For method `blocks` on a base with an extended vocabulary: the rows of its new tokens, in embeddings
+    and head, train beside the new blocks. Old rows keep their bytes; the block pack holds the new ones."""
+
     lora: LoraSection = LoraSection()
     """For method `lora`."""
 

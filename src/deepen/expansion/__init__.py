@@ -35,6 +35,7 @@ from deepen.expansion.manifest import (
     Files,
     Fingerprint,
     NewBlockRecord,
+    NewRows,
     read_expansion,
 )
 from deepen.expansion.plan import (
@@ -51,6 +52,7 @@ from deepen.expansion.plan import (
     open_base,
     plan_files,
 )
+from deepen.expansion.rows import ROWS_PREFIX, Run, Tables, find_tables, with_last_rows
 from deepen.expansion.stages import (
     base_name,
     describe_expansion,
@@ -63,6 +65,7 @@ from deepen.expansion.verify import Verification, verify_bytes
 
 __all__ = [
     "MANIFEST_NAME",
+    "ROWS_PREFIX",
     "Base",
     "Copy",
     "EarlierStage",
@@ -75,12 +78,15 @@ __all__ = [
     "Layout",
     "NewBlock",
     "NewBlockRecord",
+    "NewRows",
     "Placement",
     "Plan",
     "PlannedFile",
     "PlannedTensor",
     "PreparedCheckpoint",
     "Progress",
+    "Run",
+    "Tables",
     "Verification",
     "WrittenFile",
     "aligned",
@@ -96,6 +102,7 @@ __all__ = [
     "expanded_tensors",
     "file_digest",
     "file_header",
+    "find_tables",
     "held_tensor",
     "held_tensors",
     "least_important",
@@ -114,6 +121,7 @@ __all__ = [
     "restored_file",
     "verify_bytes",
     "with_blocks",
+    "with_last_rows",
     "write_checkpoint",
     "write_weights",
 ]

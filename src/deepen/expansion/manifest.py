@@ -91,6 +91,27 @@ class NewBlockRecord(_Record):
     damped: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
+class NewRows(_Record):
+    """Rows of an extended vocabulary that were trained beside new blocks; the pack holds them.
+
+    Attributes:
+        first: number of rows before them.
+        count: how many they are, the last of their tables.
+        inputs: the base's tensors that are embeddings; with a tied head, the head too.
+        outputs: a head of its own, and its bias.
+    """
+
+    first: int = Field(ge=1)
+    count: int = Field(ge=1)
+    inputs: tuple[str, ...] = Field(min_length=1, strict=False)
+    outputs: tuple[str, ...] = Field(default=(), strict=False)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tensors whose last rows they are."""
+        return (*self.inputs, *self.outputs)
+
+
 class EarlierStage(_Record):
     """What an earlier expansion was made from.
 
@@ -126,9 +147,10 @@ class Expansion(_Record):
         earlier: the stages before this one, from the first.
         base_files: in an expanded checkpoint, what it takes to write the base's files again.
         packs: where several packs were stacked, by name from the bottom: the same of their files.
+        new_rows: in a pack, the rows that were trained beside its blocks; None: none were.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"earlier", "base_files", "packs"})
+    optional: ClassVar[frozenset[str]] = frozenset({"earlier", "base_files", "packs", "new_rows"})
 
     format_version: int = FORMAT_VERSION
     base: str
@@ -139,6 +161,7 @@ class Expansion(_Record):
     earlier: tuple[EarlierStage, ...] = Field(default=(), strict=False)
     base_files: Files = Field(default_factory=dict)
     packs: dict[str, Files] = Field(default_factory=dict)
+    new_rows: NewRows | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Expansion":

@@ -101,7 +101,7 @@ class Lora:
             if isinstance(module, BaseTunerLayer):
                 module.merge()
             if isinstance(module, ModulesToSaveWrapper):
-                trained: nn.Module = module.modules_to_save[module.active_adapter]
+                trained: nn.Module = module.modules_to_save[str(module.active_adapter)]
                 for name, parameter in module.original_module.named_parameters():
                     parameter.data = trained.get_parameter(name).data
         return Full().save(model, run, base)

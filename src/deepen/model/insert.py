@@ -57,7 +57,8 @@ def insert_blocks(
 
     Raises:
         FamilyError: deepen does not know the model, or a block's residual writes cannot be filled.
-        LayoutError: the layout is for another number of blocks, or the config cannot describe the result.
+        LayoutError: the layout is for another number of blocks, the config cannot describe the result, or the
+            model has rows that a block pack brought.
         PackError: the model is bypassed, or its files, which a quantised one is copied from, lack a tensor.
     """
     family = family_of(model)
@@ -68,6 +69,9 @@ def insert_blocks(
         raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
     if name in state.packs:
         raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
+    below = active_expansion(model, state.below) if state.below else None
+    if below and below.new_rows:
+        raise LayoutError("the model's new blocks brought rows of new tokens: merge them, then expand")
     _check_fillable(blocks, family)
     files = unpacked_files(model)
     reordered_config(model, family, state.config, layout.origins)
@@ -79,7 +83,7 @@ def insert_blocks(
         {index: tuple(_inside(name, names) for name in held) for index, held in tensors.items()},
         str(base or model.name_or_path or "unnamed"),
         fingerprint or Fingerprint(fast=live_fingerprint(model)),
-        active_expansion(model, state.below) if state.below else None,
+        below,
     )
     copies = (_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks)
     state.packs[name] = Attached(expansion, tuple(copies))

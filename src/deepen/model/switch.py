@@ -1,6 +1,6 @@
 """Put block packs on a live base, switch between them, take them off."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from deepen.blocks import Pack, open_pack
 from deepen.errors import PackError
-from deepen.expansion import MANIFEST_NAME
+from deepen.expansion import MANIFEST_NAME, ROWS_PREFIX
 from deepen.families import Family
 from deepen.model.fingerprint import live_fingerprint
 from deepen.model.names import file_names, put_tensors
 from deepen.model.record import new_tensors
+from deepen.model.rows import last_rows
 from deepen.model.state import (
     Attached,
     State,
@@ -58,10 +59,17 @@ def attach_checked(model: PreTrainedModel, pack: Pack, state: State, name: str) 
         raise PackError(f"{name!r} is attached already; give the pack another name, or detach that one")
     before, active = find_state(model), state.active
     origins = [state.base[block.copy_of] for block in pack.expansion.latest_blocks]
-    state.packs[name] = Attached(pack.expansion.portable, tuple(map(copied_block, origins)))
+    tensors, rows = _read(pack.shard.path), pack.expansion.new_rows
+    if rows and state.rows is None:
+        state.rows = last_rows(model, rows)
+    state.packs[name] = Attached(
+        pack.expansion.portable,
+        tuple(map(copied_block, origins)),
+        {table: tensors.pop(ROWS_PREFIX + table).clone() for table in rows.tables} if rows else None,
+    )
     try:
         switch(model, state, [name])
-        _fill(model, pack)
+        _fill(model, pack, tensors)
         switch(model, state, [name])
     except BaseException:
         switch(model, state, active)
@@ -164,13 +172,13 @@ def _check_base(model: PreTrainedModel, state: State, pack: Pack) -> None:
         )
 
 
-def _fill(model: PreTrainedModel, pack: Pack) -> None:
+def _fill(model: PreTrainedModel, pack: Pack, held: Mapping[str, torch.Tensor]) -> None:
     """Give the new blocks, which the model now has, the pack's tensors."""
     path, new = pack.shard.path, pack.expansion.layout.new_indices
     tensors: dict[str, torch.Tensor] = {}
-    family = _dialect(model, [tensor.name for tensor in pack.shard.tensors])
+    family = _dialect(model, list(held))
     # Copied: what is mapped from a file may lie unaligned, and sums come out in other last bits.
-    for name, tensor in _read(path).items():
+    for name, tensor in held.items():
         place = family.split(name)
         if place is None or place[0] not in new:
             raise PackError(f"{path}: tensor {name!r} belongs to no new block of {MANIFEST_NAME}")
