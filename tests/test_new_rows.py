@@ -105,6 +105,12 @@ def test_it_begins_as_the_base_and_the_base_stays(run):
     assert losses[-1] < losses[0]
 
 
+def test_the_plan_counts_them(run, capsys):
+    assert main(["plan", str(run / "run.yaml"), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["parameters"]["trainable"]
+    assert planned == read_record(run / "run" / "result.json", RunResult).parameters.trainable
+
+
 def test_the_pack_holds_the_rows_and_says_so(run):
     pack = open_pack(run / "run" / "blocks")
     tables = tables_of(run / "base")

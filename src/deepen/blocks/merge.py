@@ -107,9 +107,7 @@ def stack_packs(
     for pack in held:
         check_pack(pack, opened)
         if pack.expansion.new_rows:
-            raise PackError(
-                f"{pack.directory}: brings new rows of the vocabulary, and is merged alone, not stacked"
-            )
+            raise PackError(f"{pack.directory}: brings new rows of the vocabulary; merge it alone")
     named = _named(held)
     expansion = _stacked(named, opened.family)
     tensors = expanded_tensors(opened, expansion.layout)

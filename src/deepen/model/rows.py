@@ -106,6 +106,8 @@ def _new_part(table: nn.Module, first: int) -> Any:
         for name, held in table._parameters.items()
     }
     part._modules, part._forward_hooks, part.padding_idx = {}, type(table._forward_hooks)(), None
+    # Whoever counts what a linear layer computes asks for its features.
+    part.out_features = part.num_embeddings = len(part.weight)
     table.add_module(_PART, part)
     return part
 
