@@ -20,10 +20,11 @@ from deepen.checkpoint import Checkpoint, fast_fingerprint
 from deepen.cli import main
 from deepen.config import load_recipe, parse_recipe
 from deepen.errors import Interrupted, PackError, RecipeError, TrainingError
-from deepen.methods import Blocks
+from deepen.methods import Blocks, Lora
 from deepen.model import activate, attach, base_fingerprint, bypass, detach, load, new_parameters
 from deepen.pipeline import training
 from deepen.pipeline.run import run_recipe
+from deepen.pipeline.subject import find_subject
 from deepen.records import RunResult, read_record
 from deepen.training.loss import summed_loss
 from deepen.vocabulary import Text, extend_vocabulary
@@ -190,7 +191,6 @@ def test_what_a_pack_with_rows_cannot_do_is_said(run, tmp_path):
         pass
     with pytest.raises(deepen.errors.LayoutError, match="merge them"):
         deepen.insert_blocks(model, deepen.plan_layout(3, blocks=1))
-    held = load_file(pack / "blocks.safetensors")
     assert not (tmp_path / "out").exists()
     record = json.loads((pack / "expansion.json").read_text())
     record["new_rows"]["first"] -= 1
@@ -199,7 +199,8 @@ def test_what_a_pack_with_rows_cannot_do_is_said(run, tmp_path):
     (tmp_path / "odd" / "blocks.safetensors").write_bytes((pack / "blocks.safetensors").read_bytes())
     with pytest.raises(PackError, match="new_rows are of"):
         merge_pack(run / "base", tmp_path / "odd", tmp_path / "out")
-    assert len(held) > 2
+    with pytest.raises(PackError, match=r"has no tensor 'new_rows\..* of 30 rows"):
+        attach(load(run / "base"), tmp_path / "odd")
 
 
 def test_pruned_it_keeps_its_rows(tmp_path):
@@ -299,6 +300,23 @@ def test_blocks_are_tuned_on_their_rows(run):
     rows = [name for name in before if name.startswith("new_rows.")]
     assert held.keys() == before.keys()
     assert all(torch.equal(held[name], before[name]) for name in rows)
+
+
+@pytest.mark.parametrize("run", ["own head"], indirect=True)
+def test_whole_tables_beside_an_adapter_are_the_other_way(run):
+    """As Chinese-LLaMA-Alpaca: old rows move too, in the adapter; the base's stay where they are."""
+    lora = {"rank": 4, "modules_to_save": ["embed_tokens", "lm_head"]}
+    train = {"method": "lora", "new_rows": False, "lora": lora, "precision": "bf16"}
+    evaluate = {"domain": [{"path": str(run / "foreign")}]}
+    recipe = load_recipe(write_recipe(run, "lora", expand=None, train=train, evaluate=evaluate))
+    assert run_recipe(recipe).audit.unchanged
+    old, new = (tables_of(where) for where in (run / "base", run / "lora" / "model"))
+    assert not any(torch.equal(new[name][:ROWS], table[:ROWS]) for name, table in old.items())
+    loaded = find_subject(str(run / "lora" / "adapter")).model.load(torch.device("cpu"))
+    found, merged = (logits(model, ids_of(run)).float() for model in (loaded, plain(run / "lora" / "model")))
+    torch.testing.assert_close(found, merged, rtol=0.1, atol=0.1)
+    with pytest.raises(TrainingError, match="which a copy of the tables would hide"):
+        Lora(recipe.train.lora).prepare(load(run / "base", run / "run" / "blocks"))
 
 
 @pytest.mark.slow

@@ -244,10 +244,7 @@ def last_rows(pack: Pack, base: Base) -> dict[str, Run]:
         PackError: they are not of the tables' shape or dtype.
     """
     rows = sourced_tensors(_planned_rows(pack, base), pack)
-    places = {t.name.removeprefix(ROWS_PREFIX): (t.source, t.length) for t in rows}
-    return {
-        name: Run(source, length) for name, (source, length) in places.items() if isinstance(source, Copy)
-    }
+    return {row.name.removeprefix(ROWS_PREFIX): Run(row.source, row.length) for row in rows}
 
 
 def _check_base(pack: Pack, base: Base) -> None:

@@ -120,6 +120,12 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _check_named(model: PreTrainedModel, whole: Sequence[str]) -> None:
+    expansion = find_expansion(model)
+    if whole and expansion and expansion.new_rows:
+        raise TrainingError(
+            "lora.modules_to_save: the block pack brings new rows, which a copy of the tables would hide\n"
+            "leave modules_to_save out, or merge the pack and tune that"
+        )
     names = [name for name, _ in model.named_modules()]
     for wanted in whole:
         if not any(f".{name}".endswith(f".{wanted}") for name in names):

@@ -88,14 +88,9 @@ def packed_rows(model: PreTrainedModel, rows: NewRows) -> dict[str, torch.Tensor
 
 
 def _tables(model: PreTrainedModel, rows: NewRows) -> dict[str, nn.Parameter]:
-    embeddings, head = _unwrapped(model.get_input_embeddings()), _unwrapped(model.get_output_embeddings())
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     found = dict.fromkeys(rows.inputs, embeddings.weight)
     return found | {name: head.get_parameter(name.rpartition(".")[2]) for name in rows.outputs}
-
-
-def _unwrapped(table: Any) -> Any:
-    """Return the model's own table, of which peft may train a whole copy."""
-    return getattr(table, "original_module", table)
 
 
 def _new_part(table: nn.Module, first: int) -> Any:

@@ -16,7 +16,7 @@ from deepen.families import Family
 from deepen.model.fingerprint import live_fingerprint
 from deepen.model.names import file_names, put_tensors
 from deepen.model.record import new_tensors
-from deepen.model.rows import last_rows
+from deepen.model.rows import Rows, last_rows
 from deepen.model.state import (
     Attached,
     State,
@@ -59,14 +59,11 @@ def attach_checked(model: PreTrainedModel, pack: Pack, state: State, name: str) 
         raise PackError(f"{name!r} is attached already; give the pack another name, or detach that one")
     before, active = find_state(model), state.active
     origins = [state.base[block.copy_of] for block in pack.expansion.latest_blocks]
-    tensors, rows = _read(pack.shard.path), pack.expansion.new_rows
-    if rows and state.rows is None:
-        state.rows = last_rows(model, rows)
-    state.packs[name] = Attached(
-        pack.expansion.portable,
-        tuple(map(copied_block, origins)),
-        {table: tensors.pop(ROWS_PREFIX + table).clone() for table in rows.tables} if rows else None,
-    )
+    tensors = _read(pack.shard.path)
+    rows = _take_rows(model, pack, tensors)
+    if rows is not None and pack.expansion.new_rows and state.rows is None:
+        state.rows = last_rows(model, pack.expansion.new_rows)
+    state.packs[name] = Attached(pack.expansion.portable, tuple(map(copied_block, origins)), rows)
     try:
         switch(model, state, [name])
         _fill(model, pack, tensors)
@@ -185,6 +182,29 @@ def _fill(model: PreTrainedModel, pack: Pack, held: Mapping[str, torch.Tensor]) 
         if not family.is_buffer(place[1]):
             tensors[name] = tensor.clone()
     put_tensors(model, tensors, set(new_tensors(model)), str(path))
+
+
+def _take_rows(model: PreTrainedModel, pack: Pack, tensors: dict[str, torch.Tensor]) -> Rows | None:
+    """Take the rows that a pack brings out of its tensors.
+
+    Raises:
+        PackError: they are not rows of the model's tables.
+    """
+    path, rows = pack.shard.path, pack.expansion.new_rows
+    if rows is None:
+        return None
+    try:
+        needed = last_rows(model, rows)
+    except AttributeError:
+        raise PackError(f"{path}: {MANIFEST_NAME} has new_rows of a table that the model lacks") from None
+    for table, held in needed.items():
+        found = tensors.pop(ROWS_PREFIX + table, None)
+        if found is None or found.shape != held.shape or held.shape[0] != rows.count:
+            raise PackError(
+                f"{path}: has no tensor {ROWS_PREFIX + table!r} of {rows.count} rows of the model's"
+            )
+        needed[table] = found.clone()
+    return needed
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
