@@ -301,7 +301,9 @@ def test_adapters_train_on_a_packed_base(base, tmp_path, method, quantisation):
     assert result.audit.unchanged
 
 
-@pytest.mark.parametrize(("way", "quantisation"), [("new", "4bit"), ("lora", "8bit")])
+@pytest.mark.parametrize(
+    ("way", "quantisation"), [("new", "4bit"), pytest.param("lora", "8bit", marks=pytest.mark.slow)]
+)
 def test_conversations_are_tuned_on_a_packed_base(base, finished, tmp_path, way, quantisation):
     pack = finished[0] / "run" / "blocks"
     changes = {"base": str(base), "pack": str(pack), "output": str(tmp_path / "run")}
@@ -318,6 +320,7 @@ def test_conversations_are_tuned_on_a_packed_base(base, finished, tmp_path, way,
     assert found["heldout"].trained == pytest.approx(evaluated(tmp_path, tuned, base, 64), abs=5e-3)
 
 
+@pytest.mark.slow
 def test_a_packed_base_is_trained_then_tuned(base, tmp_path):
     sft = write_talk(tmp_path) | {"trainable": "new", "epochs": 0.2, "evaluate_every": None}
     changes = {"base": str(base), "train__quantise": "8bit", "sft": sft, **SHORT}
