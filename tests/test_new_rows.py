@@ -113,7 +113,7 @@ def test_the_plan_counts_them(run, capsys):
     assert planned == read_record(run / "run" / "result.json", RunResult).parameters.trainable
 
 
-def test_the_pack_holds_the_rows_and_says_so(run):
+def test_the_pack_holds_the_rows_and_says_so(run, capsys):
     pack = open_pack(run / "run" / "blocks")
     tables = tables_of(run / "base")
     assert set(pack.expansion.new_rows.tables) == set(tables)
@@ -123,7 +123,8 @@ def test_the_pack_holds_the_rows_and_says_so(run):
         rows = held[f"new_rows.{name}"]
         assert rows.dtype == table.dtype
         assert not torch.isclose(rows, table[ROWS:]).all(1).any()
-    pack.check_names()
+    assert main(["blocks", "inspect", str(pack.directory)]) == 0
+    assert f"the last {PIECES} rows of model.embed_tokens.weight" in capsys.readouterr().out
     assert deepen.blocks.fit_pack(run / "base", run / "run" / "blocks").tensors == len(held)
 
 

@@ -30,6 +30,8 @@ def show(path: str, facts: BlocksSummary) -> None:
     if facts.packs:
         print(f"packs, bottom to top: {', '.join(facts.packs)}")
     print(f"base fingerprint (fast): {expansion.base_fingerprint.fast}")
+    if rows := expansion.new_rows:
+        print(f"with them the last {rows.count:,} rows of {', '.join(rows.tables)}, for new tokens")
     if facts.base_unchanged is False:
         print("its base blocks are not the base's any more: they were trained too")
     _console().print(_table(facts))
