@@ -1,4 +1,4 @@
-"""Write the pages that say what the code says, recipe.md, cli.md and families.md, and the README's results.
+"""Write the pages that say what the code says, recipe.md, cli.md and families.md, and the tables of results.
 
     python docs/generate.py
 
@@ -35,13 +35,18 @@ def pages() -> dict[str, str]:
         "recipe.md": _NOTE.format(source="src/deepen/config/recipe.py") + recipe_page(),
         "cli.md": _NOTE.format(source="src/deepen/cli/") + cli_page(),
         "families.md": _NOTE.format(source="src/deepen/families/*.toml") + families_page(),
+        "conversations.md": _with_results(DOCS / "conversations.md", _record_table("stories260k-alpaca")),
     }
 
 
 def readme() -> str:
     """Return the README with its results as they stand in the records."""
-    before, _, rest = (ROOT / "README.md").read_text().partition(_BEGIN)
-    return before + _BEGIN + results() + _END + rest.partition(_END)[2]
+    return _with_results(ROOT / "README.md", results())
+
+
+def _with_results(page: Path, text: str) -> str:
+    before, _, rest = page.read_text().partition(_BEGIN)
+    return before + _BEGIN + text + _END + rest.partition(_END)[2]
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -85,10 +90,7 @@ _STUDIES = {
 
 def results() -> str:
     """Return a table a record: held-out loss on general and domain text, base and runs."""
-    tables = "".join(
-        f"{title}\n\n{_results_table(json.loads((RECORDS / name).with_suffix('.json').read_text()))}"
-        for name, title in _STUDIES.items()
-    )
+    tables = "".join(f"{title}\n\n{_record_table(name)}" for name, title in _STUDIES.items())
     return tables + _expand_result() + _train_result()
 
 
@@ -137,6 +139,10 @@ def _peer(shape: dict[str, Any], name: str) -> str:
     if name not in shape["times_as_fast_as"]:
         return "not measured"
     return f"{shape['times_as_fast_as'][name]:.1f}×, {shape['peak_megabytes'][name]:,.0f} MB"
+
+
+def _record_table(name: str) -> str:
+    return _results_table(json.loads((RECORDS / f"{name}.json").read_text()))
 
 
 def _results_table(record: dict[str, Any]) -> str:

@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file
 from test_endurance import files_of_at_most
 from test_model_insert import logits, plain
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from deepen.checkpoint import Checkpoint
 from deepen.config import parse_recipe
-from deepen.errors import OutputError, RecipeError
+from deepen.errors import OutputError, RecipeError, TrainingError
 from deepen.methods import build_method
+from deepen.methods.base import without_adapter
 from deepen.model import base_fingerprint
 from deepen.training.loss import summed_loss
 from deepen.training.optimizer import build_optimizer
@@ -100,6 +102,57 @@ def test_an_adapter_is_one_of_pefts(tiny_llama, tmp_path):
     modules = set(settings["target_modules"])
     assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {path.stat().st_mode & 0o777 for path in adapter.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_head_train_whole_beside_an_adapter(tiny_llama, tmp_path, tied):
+    from peft import PeftModel
+
+    base = tiny_llama(tied=tied)
+    model, method = plain(base), method_of("lora", "train.lora.modules_to_save=[embed_tokens, lm_head]")
+    before, digest = logits(model), base_fingerprint(model, "full")
+    parameters = method.prepare(model)
+    assert torch.equal(logits(model), before)
+    whole = {name for name in parameters if "modules_to_save" in name}
+    assert len(whole) == (1 if tied else 2)
+    with torch.random.fork_rng():
+        one_step(model, parameters)
+    trained = logits(model)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert (embeddings.weight is head.weight) == tied
+    assert not torch.equal(embeddings.weight, embeddings.original_module.weight)
+    dtypes = dict.fromkeys(Checkpoint.open(base).tensors, "F32")
+    assert base_fingerprint(model, "full", dtypes) == digest
+    with without_adapter(model) as bare:
+        assert torch.equal(logits(bare), before)
+    assert torch.equal(logits(model), trained)
+    adapter = method.save(model, tmp_path / "run", Checkpoint.open(base))
+    again = PeftModel.from_pretrained(plain(base), adapter).eval()
+    torch.testing.assert_close(logits(again), trained)
+    merged = method.merge(model, tmp_path / "run", Checkpoint.open(base), None)
+    torch.testing.assert_close(logits(plain(merged)), trained, rtol=1e-3, atol=2e-4)
+    theirs = again.merge_and_unload().state_dict()
+    for name, tensor in load_file(merged / "model.safetensors").items():
+        torch.testing.assert_close(tensor, theirs[name])
+
+
+def test_a_module_to_save_that_is_not_there_is_named(tiny_llama):
+    method = method_of("lora", "train.lora.modules_to_save=[wte]")
+    with pytest.raises(TrainingError, match=r"no module 'wte'; .* are model\.embed_tokens, lm_head"):
+        method.prepare(plain(tiny_llama()))
+
+
+def test_a_tied_head_never_comes_apart(tmp_path):
+    """peft knows tied tables by the names embed_tokens and lm_head only; GPT-NeoX's are others."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = GPTNeoXConfig(vocab_size=96, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, **sizes)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "base")
+    method = method_of("lora", "train.lora.modules_to_save=[embed_in]")
+    with (
+        pytest.warns(UserWarning, match="no tied modules are added"),
+        pytest.raises(TrainingError, match="would train one apart from the other"),
+    ):
+        method.prepare(plain(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("name", METHODS)

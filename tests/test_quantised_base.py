@@ -14,6 +14,7 @@ import pytest
 import torch
 from family_table import LINES
 from safetensors.torch import load_file
+from test_sft import tuning, write_talk
 from tiny_run import write_base, write_recipe
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -24,6 +25,7 @@ from deepen.model import base_names, load_quantised, packed_fingerprint, packed_
 from deepen.model import quantised as quantised_module
 from deepen.pipeline import training
 from deepen.pipeline.run import run_recipe
+from deepen.pipeline.subject import find_subject
 from deepen.records import RunResult, read_record
 from deepen.training import optimizer as optimizer_module
 from deepen.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
@@ -164,16 +166,16 @@ def losses(run):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def evaluated(root, model):
+def evaluated(root, model, base=None, length=32):
     """Mean loss on the held-out text, window by window as the run cuts it."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(root / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base or root / "base")
     summed, count = 0.0, 0
     for line in (root / "heldout.jsonl").read_text().splitlines():
         ids = torch.tensor(tokenizer(json.loads(line)["text"])["input_ids"])
-        for start in range(0, len(ids) - 1, 32):
-            window = ids[start : start + 33][None]
+        for start in range(0, len(ids) - 1, length):
+            window = ids[start : start + length + 1][None]
             with torch.no_grad():
                 summed += model(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
             count += window.shape[1] - 1
@@ -297,6 +299,37 @@ def test_adapters_train_on_a_packed_base(base, tmp_path, method, quantisation):
         assert each.trained != each.base
         assert each.trained_quantised != each.base_quantised
     assert result.audit.unchanged
+
+
+@pytest.mark.parametrize(
+    ("way", "quantisation"), [("new", "4bit"), pytest.param("lora", "8bit", marks=pytest.mark.slow)]
+)
+def test_conversations_are_tuned_on_a_packed_base(base, finished, tmp_path, way, quantisation):
+    pack = finished[0] / "run" / "blocks"
+    changes = {"base": str(base), "pack": str(pack), "output": str(tmp_path / "run")}
+    recipe = tuning(tmp_path, way, on_pack=False, sft__quantise=quantisation, **changes)
+    result = run_recipe(load_recipe(recipe))
+    assert (result.quantisation.bits, result.quantisation.layers) == (int(quantisation[0]), 21)
+    assert result.audit.unchanged
+    found = {each.task: each for each in result.quantisation.losses}
+    assert found["talk-heldout"].trained < found["talk-heldout"].base - 0.1
+    # The base is the base without its pack, and what was tuned goes onto the unquantised one.
+    full = AutoModelForCausalLM.from_pretrained(base, dtype=FP32)
+    assert found["heldout"].base == pytest.approx(evaluated(tmp_path, full, base, 64), abs=1e-5)
+    tuned = find_subject(str(tmp_path / "run")).model.load(CPU).float()
+    assert found["heldout"].trained == pytest.approx(evaluated(tmp_path, tuned, base, 64), abs=5e-3)
+
+
+@pytest.mark.slow
+def test_a_packed_base_is_trained_then_tuned(base, tmp_path):
+    sft = write_talk(tmp_path) | {"trainable": "new", "epochs": 0.2, "evaluate_every": None}
+    changes = {"base": str(base), "train__quantise": "8bit", "sft": sft, **SHORT}
+    recipe = load_recipe(write_recipe(tmp_path, **changes))
+    assert recipe.sft.quantise == "8bit"
+    trained = run_recipe(recipe)
+    tuned = read_record(tmp_path / "run" / "sft" / "result.json", RunResult)
+    assert tuned.quantisation.before == trained.quantisation.before
+    assert tuned.audit.before == trained.audit.before
 
 
 RECIPE = """

@@ -12,7 +12,8 @@ from deepen.config import load_recipe
 from deepen.pipeline.plan import plan_run
 from deepen.studies.study import open_study
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(ROOT.glob("*.yaml"))
 # Name -> (blocks of the base, new ones, steps): arXiv 2401.02415, Table 6 and Figure 5.
 PLANNED = {
     "llama-pro-8b": (32, [4, 9, 14, 19, 24, 29, 34, 39], 15_900),
@@ -64,3 +65,15 @@ def test_every_row_on_law_is_planned_as_the_paper_has_it(tmp_path, monkeypatch):
     }
     published = re.findall(r"^#   ([a-z]+(?:-\d+)?) +\d", law.read_text(), re.MULTILINE)
     assert sorted(published) == sorted(outlines)
+
+
+def test_chinese_llama_trains_what_its_scripts_train():
+    pretraining, tuning = (
+        load_recipe(ROOT / f"{name}.yaml") for name in ("chinese-llama-2", "chinese-alpaca-2")
+    )
+    for lora in (pretraining.train.lora, tuning.sft.lora):
+        assert (lora.rank, lora.alpha, lora.dropout) == (64, 128, 0.05)
+        assert lora.modules_to_save == ("embed_tokens", "lm_head")
+    rates = [(each.learning_rate, each.warmup, each.weight_decay) for each in (pretraining.train, tuning.sft)]
+    assert rates == [(2e-4, 0.05, 0.01), (1e-4, 0.03, 0.0)]
+    assert tuning.base == f"{pretraining.output}/model"

@@ -346,7 +346,7 @@ def test_overwriting_the_run_that_holds_the_pack_is_refused(tuned, capsys):
     ("changes", "words"),
     [
         ({"train__method": "full", "expand": None}, "sft: follows method blocks only, not full"),
-        ({"train__quantise": "4bit"}, "sft: follows training on an unquantised base"),
+        ({"train__quantise": "4bit"}, "sft: quantise is for what leaves the base as it is"),
         ({"pack": "somewhere"}, "train: pack is for tuning alone"),
         ({"data": None}, "train: needs a data section"),
     ],

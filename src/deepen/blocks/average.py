@@ -120,6 +120,8 @@ def _check_alike(first: Pack, pack: Pack) -> None:
             f"{pack.directory}: its blocks stand at {theirs.layout.draw()},\n"
             f"those of {first.directory} at {ours.layout.draw()}: stack them instead (deepen blocks stack)"
         )
+    if theirs.new_rows:
+        raise PackError(f"{pack.directory}: brings new rows of the vocabulary, which are not averaged")
     forms, others = _forms(first), _forms(pack)
     for name in sorted(forms.keys() | others.keys()):
         if forms.get(name) != others.get(name):

@@ -60,6 +60,7 @@ def damp_pack(pack: str | Path, out: str | Path, *, alpha: Alphas, overwrite: bo
     check_free(Path(out), overwrite=overwrite)
     held = open_pack(pack)
     held.check_names()
+    check_dampable(held.expansion, str(held.directory))
     alphas = _alphas(held, alpha)
     tensors = {tensor.name: tensor for tensor in held.shard.tensors}
     for block in held.expansion.latest_blocks:
@@ -89,6 +90,16 @@ def damped_record(expansion: Expansion, alphas: Mapping[int, float]) -> Expansio
         blocks.append(block)
     # Digests of the packs it was stacked from would no longer be its own.
     return expansion.model_copy(update={"new_blocks": tuple(blocks), "packs": {}})
+
+
+def check_dampable(expansion: Expansion, where: str) -> None:
+    """Refuse blocks that came with rows of new tokens: at 0 the model would not be the base.
+
+    Raises:
+        PackError: they did.
+    """
+    if expansion.new_rows:
+        raise PackError(f"{where}: brings new rows of the vocabulary too, which have no factor")
 
 
 def check_alpha(alpha: float, where: str) -> None:

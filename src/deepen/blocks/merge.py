@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from deepen.blocks.pack import BLOCKS_NAME, Pack, check_pack, open_pack, sourced_tensors
+from deepen.blocks.pack import BLOCKS_NAME, Pack, check_pack, last_rows, open_pack, sourced_tensors
 from deepen.checkpoint import Shard, check_free
 from deepen.errors import PackError
 from deepen.expansion import (
@@ -22,6 +22,7 @@ from deepen.expansion import (
     plan_files,
     record_file,
     with_blocks,
+    with_last_rows,
     write_checkpoint,
 )
 from deepen.families import Family
@@ -37,6 +38,9 @@ def merge_pack(
     progress: Progress | None = None,
 ) -> ExpandResult:
     """Write base and pack as one expanded checkpoint: the base's bytes, and the pack's for the new blocks.
+
+    A pack's rows replace the base's last ones. As those are then in no file any more, the checkpoint has no
+    `expansion.json`: it is an ordinary one of as many blocks, from which the base does not come back.
 
     Args:
         base: the base the pack was trained on.
@@ -56,11 +60,10 @@ def merge_pack(
     opened, held = open_base(base), open_pack(pack)
     check_pack(held, opened)
     sourced = sourced_tensors(expanded_tensors(opened, held.expansion.layout), held)
-    prepared = PreparedCheckpoint(
-        base=opened,
-        plan=plan_files(opened.checkpoint, sourced, shard_size=shard_size),
-        expansion=held.expansion,
-    )
+    plan = plan_files(opened.checkpoint, sourced, shard_size=shard_size)
+    if held.expansion.new_rows:
+        plan = with_last_rows(plan, last_rows(held, opened))
+    prepared = PreparedCheckpoint(base=opened, plan=plan, expansion=held.expansion)
     return write_checkpoint(
         prepared, Path(out), overwrite=overwrite, inside=(held.directory,), progress=progress, start=start
     )
@@ -103,6 +106,8 @@ def stack_packs(
     opened, held = open_base(base), [open_pack(pack) for pack in packs]
     for pack in held:
         check_pack(pack, opened)
+        if pack.expansion.new_rows:
+            raise PackError(f"{pack.directory}: brings new rows of the vocabulary; merge it alone")
     named = name_packs(held)
     expansion = _stacked(named, opened.family)
     tensors = expanded_tensors(opened, expansion.layout)

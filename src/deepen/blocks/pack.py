@@ -8,18 +8,30 @@ from pathlib import Path
 from typing import Final
 
 from deepen.blocks.hub import resolve_pack
-from deepen.checkpoint import Shard, Tensor, atomic_directory, contained, fast_fingerprint, read_shard
+from deepen.checkpoint import (
+    Shard,
+    Tensor,
+    atomic_directory,
+    byte_count,
+    contained,
+    fast_fingerprint,
+    read_shard,
+)
 from deepen.errors import PackError
 from deepen.expansion import (
     MANIFEST_NAME,
+    ROWS_PREFIX,
     Base,
     Copy,
     Expansion,
     Layout,
     NewBlockRecord,
     PlannedTensor,
+    Run,
     count_parameters,
     expanded_tensors,
+    find_tables,
+    held_tensor,
     open_base,
     read_expansion,
 )
@@ -51,6 +63,12 @@ class Pack:
         """The dtypes of its tensors, each once."""
         return tuple(sorted({tensor.dtype for tensor in self.shard.tensors}))
 
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """Names of its tensors that are last rows of the base's tables, not parts of blocks."""
+        rows = self.expansion.new_rows
+        return tuple(ROWS_PREFIX + table for table in rows.tables) if rows else ()
+
     def check_names(self) -> None:
         """Refuse a pack whose tensors are not its new blocks', as far as can be said without its base.
 
@@ -61,8 +79,9 @@ class Pack:
             block.index: block_prefix(block, self.directory) for block in self.expansion.latest_blocks
         }
         names = [tensor.name for tensor in self.shard.tensors]
+        rows = self.row_names
         for name in names:
-            if not name.startswith(tuple(prefixes.values())):
+            if name not in rows and not name.startswith(tuple(prefixes.values())):
                 raise PackError(
                     f"{self.shard.path}: tensor {name!r} belongs to no new block of {MANIFEST_NAME}"
                 )
@@ -148,11 +167,12 @@ def check_pack(pack: Pack, base: Base) -> None:
     path, new = pack.shard.path, pack.expansion.layout.new_indices
     held = {tensor.name: tensor for tensor in pack.shard.tensors}
     needed = {t.name: t for t in expanded_tensors(base, pack.expansion.layout) if t.block in new}
+    needed |= {tensor.name: tensor for tensor in _planned_rows(pack, base)}
     if unused := held.keys() - needed.keys():
         raise PackError(f"{path}: tensor {min(unused)!r} belongs to no new block of {MANIFEST_NAME}")
     for name, planned in needed.items():
         place = base.family.split(name)
-        if name not in held and place and not base.family.is_buffer(place[1]):
+        if name not in held and not (place and base.family.is_buffer(place[1])):
             raise PackError(f"{path}: tensor {name!r} is missing")
         if name in held and held[name].shape != planned.shape:
             raise _misfit(planned, held[name])
@@ -171,7 +191,7 @@ def fit_pack(base: str | Path, pack: str | Path) -> Fit:
     """
     opened, held = open_base(base), open_pack(pack)
     check_pack(held, opened)
-    planned = expanded_tensors(opened, held.expansion.layout)
+    planned = (*expanded_tensors(opened, held.expansion.layout), *_planned_rows(held, opened))
     sourced_tensors(planned, held)
     return Fit(
         base=opened.checkpoint.directory,
@@ -192,6 +212,39 @@ def sourced_tensors(planned: Iterable[PlannedTensor], pack: Pack) -> tuple[Plann
     """
     held = {tensor.name: tensor for tensor in pack.shard.tensors}
     return tuple(_from_pack(t, held[t.name]) if t.name in held else t for t in planned)
+
+
+def _planned_rows(pack: Pack, base: Base) -> Iterable[PlannedTensor]:
+    """Return what the rows of the pack must be on this base.
+
+    Raises:
+        PackError: the base's tables are others.
+    """
+    if (rows := pack.expansion.new_rows) is None:
+        return []
+    tables = find_tables(base)
+    if (rows.inputs, rows.outputs, rows.first + rows.count) != (tables.inputs, tables.outputs, tables.rows):
+        raise PackError(
+            f"{pack.directory / MANIFEST_NAME}: new_rows are of {', '.join(rows.tables)} with "
+            f"{rows.first + rows.count} rows; the base has {tables.rows} of "
+            f"{', '.join((*tables.inputs, *tables.outputs))}"
+        )
+    whole = [held_tensor(base.checkpoint.tensors[table]) for table in rows.tables]
+    each = [(table, (rows.count, *table.shape[1:])) for table in whole]
+    return [
+        replace(table, name=ROWS_PREFIX + table.name, shape=shape, length=byte_count(table.dtype, shape))
+        for table, shape in each
+    ]
+
+
+def last_rows(pack: Pack, base: Base) -> dict[str, Run]:
+    """Return table of the base -> where the bytes of the last rows lie that a pack brings for it.
+
+    Raises:
+        PackError: they are not of the tables' shape or dtype.
+    """
+    rows = sourced_tensors(_planned_rows(pack, base), pack)
+    return {row.name.removeprefix(ROWS_PREFIX): Run(row.source, row.length) for row in rows}
 
 
 def _check_base(pack: Pack, base: Base) -> None:

@@ -68,6 +68,8 @@ def prune_pack(
     moved = dict(zip((b.index for b in blocks), (b.index for b in expansion.latest_blocks), strict=True))
     tensors = []
     for tensor in held.shard.tensors:
+        if tensor.name in held.row_names:
+            tensors.append(held_tensor(tensor))
         place = family.split(tensor.name)
         if place and place[0] in moved:
             tensors.append(replace(held_tensor(tensor), name=family.join(moved[place[0]], place[1])))

@@ -248,7 +248,10 @@ def _report_written(result: "ExpandResult", as_json: bool) -> None:
     if as_json:
         print_json({**vars(result)})
         return
-    from deepen.expansion import read_expansion
+    from deepen.expansion import MANIFEST_NAME, read_expansion
 
-    print(read_expansion(result.directory).layout.draw())
+    if (result.directory / MANIFEST_NAME).is_file():
+        print(read_expansion(result.directory).layout.draw())
+    else:
+        print(f"the pack's new rows stand in its tables, so it has no {MANIFEST_NAME}: keep the pack")
     print(f"{result.directory}: {human_bytes(result.bytes_written)} written in {result.seconds:.1f} s")

@@ -29,6 +29,8 @@ def show(path: str, facts: BlocksSummary) -> None:
         shares = (f"{each.share:.3g} × {name}" for name, each in expansion.averaged.items())
         print(f"average: {' + '.join(shares)}")
     print(f"base fingerprint (fast): {expansion.base_fingerprint.fast}")
+    if rows := expansion.new_rows:
+        print(f"with them the last {rows.count:,} rows of {', '.join(rows.tables)}, for new tokens")
     if facts.base_unchanged is False:
         print("its base blocks are not the base's any more: they were trained too")
     table_console(highlight=False, markup=False).print(_table(facts))

@@ -24,6 +24,7 @@ _SHARED: Final = (
         "clip",
         "precision",
         "device",
+        "quantise",
         "loss",
         "recompute",
         "parallel",
@@ -33,7 +34,6 @@ _SHARED: Final = (
     *("log", "keep_checkpoints"),
 )
 _TRAINING: Final = ("data", "train")
-_SHARDED_8BIT: Final = "optimizer adamw_8bit: its state cannot be cut over devices; choose parallel: ddp"
 
 
 Placement = Literal["interleaved", "suffix", "prefix", "importance"]
@@ -180,14 +180,15 @@ class Recipe(Section):
             faults.append("method blocks needs an expand section (for example expand: {blocks: 8})")
         if train.method != "blocks" and isinstance(expand, ExpandSection):
             faults.append(f"method {train.method} trains on the base itself; remove the expand section")
+        faults += _row_faults(train)
         faults += _quantisation_faults(train, expand if isinstance(expand, ExpandSection) else None)
         faults += _drift_faults(train, data if isinstance(data, DataSection) else None)
         if train.match_parameters and train.method not in ("lora", "freeze"):
             faults.append(f"match_parameters has nothing to choose in method {train.method}")
+        if train.match_parameters and train.lora.modules_to_save:
+            faults.append("match_parameters counts adapters alone; remove lora.modules_to_save")
         if train.prefix_cache != "none" and train.method in ("full", "lora", "moe", "scale"):
             faults.append(f"prefix_cache has nothing to keep: method {train.method} trains in every block")
-        if train.method == "rows" and train.parallel == "fsdp":
-            faults.append("method rows: its tables cannot be cut over devices; choose parallel: ddp")
         if data is None:
             faults.append("needs a data section, the texts to train on")
         if isinstance(data, DataSection) and train.batch_tokens < data.sequence_length:
@@ -212,16 +213,18 @@ class Recipe(Section):
             faults.append(
                 f"follows method blocks only, not {train.method}: tune what that saves by a recipe of its own"
             )
-        if train and train.quantise != "none":
-            faults.append("follows training on an unquantised base: tune the pack by a recipe of its own")
         if expand and pack:
             faults.append("begins with the blocks of expand or of pack, not both")
         if not train and sft.trainable == "new" and not (expand or pack):
             faults.append("trainable new needs new blocks: give expand or pack")
         if not train and sft.trainable == "lora" and expand:
             faults.append("trainable lora is for blocks that are trained: give their pack instead of expand")
-        if sft.optimizer == "adamw_8bit" and sft.parallel == "fsdp":
-            faults.append(_SHARDED_8BIT)
+        if sft.quantise != "none" and sft.trainable == "all":
+            faults.append(
+                "quantise is for what leaves the base as it is (trainable new or lora), and all changes it; "
+                "say quantise: none"
+            )
+        faults += _sharding_faults(sft)
         if faults:
             raise ValueError("; ".join(faults))
         return sft
@@ -245,8 +248,9 @@ class Recipe(Section):
     @field_validator("merge")
     @classmethod
     def _mergeable(cls, merge: bool, info: ValidationInfo) -> bool:
-        train = info.data.get("train")
-        if merge and train and train.quantise != "none" and train.method == "lora":
+        train, sft = info.data.get("train"), info.data.get("sft")
+        adapted = train and train.quantise != "none" and train.method == "lora"
+        if merge and (adapted or (sft and sft.quantise != "none" and sft.trainable == "lora")):
             raise ValueError(
                 "an adapter is not added to quantised matrices; merge it into the unquantised base with peft"
             )
@@ -280,6 +284,18 @@ def _drift_faults(train: TrainSection, data: DataSection | None) -> list[str]:
     return faults
 
 
+def _row_faults(train: TrainSection) -> list[str]:
+    faults = []
+    if train.new_rows and train.method != "blocks":
+        faults.append(f"new_rows is for method blocks, not {train.method}; method rows trains rows alone")
+    if train.new_rows and train.prefix_cache != "none":
+        faults.append("prefix_cache has nothing to keep: new_rows trains in the embeddings")
+    if (train.new_rows or train.method == "rows") and train.parallel == "fsdp":
+        what = "new_rows" if train.new_rows else "method rows"
+        faults.append(f"{what}: tables cannot be cut over devices; choose parallel: ddp")
+    return faults
+
+
 def _quantisation_faults(train: TrainSection, expand: ExpandSection | None) -> list[str]:
     faults = []
     if train.quantise != "none":
@@ -290,8 +306,17 @@ def _quantisation_faults(train: TrainSection, expand: ExpandSection | None) -> l
                 "quantise is for methods that leave the base as it is (blocks, lora, prompt), "
                 f"not for {train.method}"
             )
-        if train.parallel == "fsdp":
-            faults.append("quantise: packed layers cannot be cut over devices; choose parallel: ddp")
-    if train.optimizer == "adamw_8bit" and train.parallel == "fsdp":
-        faults.append(_SHARDED_8BIT)
+    return faults + _sharding_faults(train)
+
+
+def _sharding_faults(section: TrainSection | SftSection) -> list[str]:
+    if section.parallel != "fsdp":
+        return []
+    faults = []
+    if section.quantise != "none":
+        faults.append("quantise: packed layers cannot be cut over devices; choose parallel: ddp")
+    if section.optimizer == "adamw_8bit":
+        faults.append("optimizer adamw_8bit: its state cannot be cut over devices; choose parallel: ddp")
+    if section.lora.modules_to_save:
+        faults.append("lora.modules_to_save: cannot be cut over devices; choose parallel: ddp")
     return faults

@@ -30,6 +30,10 @@ class LoraSection(Section):
     variant: Literal["lora", "rslora", "dora"] = "lora"
     """`lora`, rank-stabilised (`rslora`), or with magnitudes apart from directions (`dora`)."""
 
+    modules_to_save: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    """Modules that train whole beside the adapter and are saved with it, by the ends of their names. For an
+    extended vocabulary `[embed_tokens, lm_head]`, as Chinese-LLaMA-Alpaca does; their old rows move too."""
+
 
 class FreezeSection(Section):
     """Settings of method `freeze`."""
@@ -82,6 +86,11 @@ class LoopSection(Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
 
+    quantise: Literal["none", "8bit", "4bit"] = "none"
+    """How the frozen base is held: `8bit` (LLM.int8) or `4bit` (NF4) packs the linear layers of its blocks by
+    bitsandbytes; head, embeddings and what trains are not quantised. For methods `blocks`, `lora` and
+    `prompt`, and for tuning `new` blocks or `lora`."""
+
     loss: Literal["parts", "liger"] = "parts"
     """Cross-entropy without the logits of a whole batch in memory: in `parts`, by PyTorch alone; or by the
     fused kernel of liger-kernel, on a GPU, which is tried beside the other before training and refused where
@@ -128,6 +137,10 @@ class TrainSection(LoopSection):
     control), norms, biases and scales (`scale`, LLaMA-Adapter V2), attention prompts (`prompt`,
     LLaMA-Adapter), or the new rows of an extended vocabulary (`rows`, Chinese-LLaMA's first stage)."""
 
+    new_rows: bool = False
+    """For method `blocks` on a base with an extended vocabulary: the rows of its new tokens, in embeddings
+    and head, train beside the new blocks. Old rows keep their bytes; the block pack holds the new ones."""
+
     lora: LoraSection = LoraSection()
     """For method `lora`."""
 
@@ -136,10 +149,6 @@ class TrainSection(LoopSection):
 
     prompt: PromptSection = PromptSection()
     """For method `prompt`."""
-
-    quantise: Literal["none", "8bit", "4bit"] = "none"
-    """How the frozen base is held: `8bit` (LLM.int8) or `4bit` (NF4) packs the linear layers of its blocks by
-    bitsandbytes; head, embeddings and what trains are not quantised. For `blocks`, `lora` and `prompt`."""
 
     match_parameters: Count | None = None
     """Trainable parameters to come as near to as possible: decides `lora.rank` or `freeze.blocks`."""

@@ -36,6 +36,7 @@ from deepen.expansion.manifest import (
     Files,
     Fingerprint,
     NewBlockRecord,
+    NewRows,
     read_expansion,
 )
 from deepen.expansion.plan import (
@@ -50,6 +51,7 @@ from deepen.expansion.plan import (
     open_base,
     plan_files,
 )
+from deepen.expansion.rows import ROWS_PREFIX, Run, Tables, find_tables, with_last_rows
 from deepen.expansion.sources import Copy, Fill, Mean
 from deepen.expansion.stages import (
     base_name,
@@ -63,6 +65,7 @@ from deepen.expansion.verify import Verification, verify_bytes
 
 __all__ = [
     "MANIFEST_NAME",
+    "ROWS_PREFIX",
     "AveragedPack",
     "Base",
     "Copy",
@@ -78,12 +81,15 @@ __all__ = [
     "Mean",
     "NewBlock",
     "NewBlockRecord",
+    "NewRows",
     "Placement",
     "Plan",
     "PlannedFile",
     "PlannedTensor",
     "PreparedCheckpoint",
     "Progress",
+    "Run",
+    "Tables",
     "Verification",
     "WrittenFile",
     "aligned",
@@ -99,6 +105,7 @@ __all__ = [
     "expanded_tensors",
     "file_digest",
     "file_header",
+    "find_tables",
     "held_tensor",
     "held_tensors",
     "least_important",
@@ -117,6 +124,7 @@ __all__ = [
     "restored_file",
     "verify_bytes",
     "with_blocks",
+    "with_last_rows",
     "write_checkpoint",
     "write_weights",
 ]

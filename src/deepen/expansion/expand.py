@@ -196,7 +196,8 @@ def write_checkpoint(
         carry(source, partial)
         write_weights(prepared.plan, partial, progress)
         (partial / CONFIG).write_text(_json(prepared.config), "utf-8")
-        (partial / MANIFEST_NAME).write_text(_complete(prepared).to_json(), "utf-8")
+        if prepared.expansion.new_rows is None:  # else the base's own rows are in no file of it
+            (partial / MANIFEST_NAME).write_text(_complete(prepared).to_json(), "utf-8")
     return ExpandResult(
         directory=out,
         new_blocks=prepared.expansion.new_blocks,

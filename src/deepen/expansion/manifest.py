@@ -110,6 +110,27 @@ class NewBlockRecord(_Record):
         return NewBlock(index=self.index, after=self.after, copy_of=self.copy_of, init=self.init or "copy")
 
 
+class NewRows(_Record):
+    """Rows of an extended vocabulary that were trained beside new blocks; the pack holds them.
+
+    Attributes:
+        first: number of rows before them.
+        count: how many they are, the last of their tables.
+        inputs: the base's tensors that are embeddings; with a tied head, the head too.
+        outputs: a head of its own, and its bias.
+    """
+
+    first: int = Field(ge=1)
+    count: int = Field(ge=1)
+    inputs: tuple[str, ...] = Field(min_length=1, strict=False)
+    outputs: tuple[str, ...] = Field(default=(), strict=False)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tensors whose last rows they are."""
+        return (*self.inputs, *self.outputs)
+
+
 class EarlierStage(_Record):
     """What an earlier expansion was made from.
 
@@ -146,9 +167,10 @@ class Expansion(_Record):
         base_files: in an expanded checkpoint, what it takes to write the base's files again.
         packs: where several packs were stacked, by name from the bottom: the same of their files.
         averaged: where the blocks are an average of several packs', these by name.
+        new_rows: in a pack, the rows that were trained beside its blocks; None: none were.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"earlier", "base_files", "packs", "averaged"})
+    optional: ClassVar[frozenset[str]] = frozenset({"earlier", "base_files", "packs", "averaged", "new_rows"})
 
     format_version: int = FORMAT_VERSION
     base: str
@@ -160,6 +182,7 @@ class Expansion(_Record):
     base_files: Files = Field(default_factory=dict)
     packs: dict[str, Files] = Field(default_factory=dict)
     averaged: dict[str, AveragedPack] = Field(default_factory=dict)
+    new_rows: NewRows | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Expansion":

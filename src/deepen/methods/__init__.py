@@ -35,7 +35,7 @@ def build_method(section: TrainSection) -> Method:
     if section.method == "prompt":
         return Prompt(section.prompt)
     plain: dict[str, Method] = {
-        "blocks": Blocks(),
+        "blocks": Blocks(new_rows=section.new_rows),
         "full": Full(),
         "moe": Moe(),
         "rows": Rows(),

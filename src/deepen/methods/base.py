@@ -20,8 +20,10 @@ def base_inside(
 def without_adapter(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Run a model with its adapters (by peft) switched off."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     held = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:

@@ -1,7 +1,6 @@
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -9,11 +8,12 @@ from transformers import PreTrainedModel
 
 from deepen.checkpoint import CONFIG, Checkpoint, atomic_directory
 from deepen.errors import TrainingError
-from deepen.expansion import Progress, carry, open_base, write_weights
+from deepen.expansion import NewRows, Progress, carry, find_tables, open_base, write_weights
 from deepen.methods.method import widen
 from deepen.model import DTYPES
+from deepen.model.rows import part_rows, parted_rows
 from deepen.model.source import source_directory
-from deepen.vocabulary import find_tables, plan_rows, read_vocabulary
+from deepen.vocabulary import plan_rows, read_vocabulary
 
 
 class Rows:
@@ -33,36 +33,17 @@ class Rows:
         Raises:
             TrainingError: the model's vocabulary was not extended.
         """
-        directory = source_directory(model)
-        record = read_vocabulary(directory) if directory else None
-        if record is None:
-            raise TrainingError(
-                f"train.method: rows: {directory or 'the model'} has no vocabulary.json, so no row is new\n"
-                "(deepen vocabulary extend writes one)"
-            )
+        rows = extended_rows(model, "train.method: rows")
         model.requires_grad_(False)
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        first = record.base_rows
-        rows = _new_part(embeddings, first)
-        embeddings.register_forward_hook(_look_up(first))
-        if head is not None:
-            ends = _new_part(head, first)
-            if head.weight is embeddings.weight:
-                ends.weight = rows.weight
-            head.register_forward_hook(_append(first))
-        return widen({name: p for name, p in model.named_parameters() if p.requires_grad})
+        return widen(part_rows(model, rows))
 
     def saved_dtypes(self, model: PreTrainedModel, base: Checkpoint) -> Mapping[str, torch.dtype]:
         """Those of the tables."""
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        return {
-            names[id(parameter)]: DTYPES[base.tensors[table].dtype]
-            for table, parameter in _new_rows(model, base).items()
-        }
+        return row_dtypes(model, rows_of(base), base)
 
     def save(self, model: PreTrainedModel, run: Path, base: Checkpoint) -> Path:
         """Write `model/`: the base's bytes, but for the new rows."""
-        target, rows = run / "model", _new_rows(model, base)
+        target, rows = run / "model", parted_rows(model, rows_of(base))
         with atomic_directory(target, overwrite=True, inside=(base.directory,)) as staged:
             carry(base.directory, staged)
             (staged / CONFIG).write_bytes((base.directory / CONFIG).read_bytes())
@@ -82,42 +63,41 @@ class Rows:
         return None
 
 
-def _new_part(table: nn.Module, first: int) -> Any:
-    """Give a table a part of its own kind for its rows from `first`: what it does to rows, that does too."""
-    part: Any = copy.copy(table)
-    part._parameters = {
-        name: None if held is None else nn.Parameter(held.detach()[first:].clone())
-        for name, held in table._parameters.items()
+def extended_rows(model: PreTrainedModel, asked: str) -> NewRows:
+    """Return which rows of a model's tables are new, by the files it was loaded from.
+
+    Args:
+        model: the model.
+        asked: the key of the recipe that wants to know, for the message.
+
+    Raises:
+        TrainingError: its vocabulary was not extended.
+    """
+    directory = source_directory(model)
+    if directory is None or read_vocabulary(directory) is None:
+        raise TrainingError(
+            f"{asked}: {directory or 'the model'} has no vocabulary.json, so no row is new\n"
+            "(deepen vocabulary extend writes one)"
+        )
+    return rows_of(Checkpoint.open(directory))
+
+
+def rows_of(base: Checkpoint) -> NewRows:
+    """Return which rows of a base with an extended vocabulary are new."""
+    record, tables = read_vocabulary(base.directory), find_tables(open_base(base.directory))
+    assert record is not None
+    return NewRows(
+        first=record.base_rows,
+        count=tables.rows - record.base_rows,
+        inputs=tables.inputs,
+        outputs=tables.outputs,
+    )
+
+
+def row_dtypes(model: PreTrainedModel, rows: NewRows, base: Checkpoint) -> dict[str, torch.dtype]:
+    """Return the live name of each of the rows that were put beside tables -> the precision of its table."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: DTYPES[base.tensors[table].dtype]
+        for table, parameter in parted_rows(model, rows).items()
     }
-    part._modules, part._forward_hooks, part.padding_idx = {}, type(table._forward_hooks)(), None
-    table.add_module("new", part)
-    return part
-
-
-def _look_up(first: int) -> Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
-    """Return a hook that gives ids from `first` on their vectors by the new part."""
-
-    def hook(table: Any, given: tuple[torch.Tensor, ...], found: torch.Tensor) -> torch.Tensor:
-        ids = given[0]
-        fresh = table.new((ids - first).clamp(min=0)).to(found.dtype)
-        return torch.where((ids >= first)[..., None], fresh, found)
-
-    return hook
-
-
-def _append(first: int) -> Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
-    """Return a hook that takes the logits from `first` on by the new part."""
-
-    def hook(table: Any, given: tuple[torch.Tensor, ...], found: torch.Tensor) -> torch.Tensor:
-        fresh = table.new(given[0].to(table.new.weight.dtype)).to(found.dtype)
-        return torch.cat([found[..., :first], fresh], dim=-1)
-
-    return hook
-
-
-def _new_rows(model: PreTrainedModel, base: Checkpoint) -> dict[str, nn.Parameter]:
-    """Return the trained rows by the names of the tables in the files."""
-    tables = find_tables(open_base(base.directory))
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    found = dict.fromkeys(tables.inputs, embeddings.new.weight)
-    return found | {name: head.new.get_parameter(name.rpartition(".")[2]) for name in tables.outputs}

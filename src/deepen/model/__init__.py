@@ -10,7 +10,7 @@ from deepen.model.fingerprint import (
     model_tensors,
     packed_fingerprint,
 )
-from deepen.model.freeze import freeze_base, trainable_parameters
+from deepen.model.freeze import freeze_base, train_rows, trainable_parameters
 from deepen.model.identity import LogitsComparison, compare_logits, compare_probes, probe_logits
 from deepen.model.insert import insert_blocks
 from deepen.model.pack import load, save_blocks
@@ -55,5 +55,6 @@ __all__ = [
     "save_blocks",
     "save_tensors",
     "settle_base",
+    "train_rows",
     "trainable_parameters",
 ]

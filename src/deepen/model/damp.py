@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deepen.blocks import Alphas, check_alpha
+from deepen.blocks.damp import check_dampable
 from deepen.blocks.scaling import DAMPED, damped_bytes
 from deepen.errors import PackError
 from deepen.model.dtypes import DTYPE_NAMES
@@ -46,7 +47,9 @@ def damped(model: PreTrainedModel, alpha: Alphas) -> Iterator[PreTrainedModel]:
 
 
 def _alphas(model: PreTrainedModel, alpha: Alphas) -> dict[int, float]:
-    new = expansion_of(model).layout.new_indices
+    expansion = expansion_of(model)
+    check_dampable(expansion, type(model).__name__)
+    new = expansion.layout.new_indices
     given = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(new, alpha)
     if unknown := sorted(given.keys() - new):
         raise PackError(f"block {unknown[0]} is no new block of the model; it has {sorted(new)}")

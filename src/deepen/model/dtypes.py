@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint
+from deepen.expansion import ROWS_PREFIX
 from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
 from deepen.expansion.stages import previous_expansion
 from deepen.families import Family
@@ -35,13 +36,17 @@ _FLOATS: Final = frozenset(FLOAT_NAMES.values())
 
 
 def file_dtypes(model: PreTrainedModel, files: Checkpoint) -> dict[str, torch.dtype]:
-    """Return tensor of the new blocks, by its name in files -> the precision in which files hold it.
+    """Return tensor of a pack, by its name in files -> the precision in which files hold it, or its table.
 
     Args:
         model: an expanded model.
         files: its base's, or the base's base's, which hold the tensor it copies, or an expanded checkpoint's.
     """
-    return written_dtypes(expansion_of(model), file_names(model, files), files, new_tensors(model))
+    expansion = expansion_of(model)
+    dtypes = written_dtypes(expansion, file_names(model, files), files, new_tensors(model))
+    tables = expansion.new_rows.tables if expansion.new_rows else ()
+    held = {table: files.tensors[table].dtype for table in tables if table in files.tensors}
+    return dtypes | {ROWS_PREFIX + table: DTYPES[dtype] for table, dtype in held.items()}
 
 
 def written_dtypes(

@@ -18,6 +18,7 @@ from deepen.model.names import FileNames, file_names
 from deepen.model.packed import packed_layers, plain_state
 from deepen.model.record import find_expansion
 from deepen.model.source import source_checkpoint
+from deepen.model.state import base_tables
 from deepen.model.structure import family_of
 
 
@@ -132,18 +133,29 @@ def _base_parts(
 ) -> Iterator[dict[str, torch.Tensor]]:
     expansion = find_expansion(model)
     layout = expansion.layout if expansion else None
-    return _parts(model, layout, repeated=repeated, meta=meta, packed=packed)
+    tables = {} if meta else base_tables(model)
+    return _parts(model, layout, repeated=repeated, meta=meta, packed=packed, tables=tables)
 
 
 def _parts(
-    model: PreTrainedModel, layout: Layout | None, *, repeated: bool, meta: bool = False, packed: bool = True
+    model: PreTrainedModel,
+    layout: Layout | None,
+    *,
+    repeated: bool,
+    meta: bool = False,
+    packed: bool = True,
+    tables: Mapping[int, torch.Tensor] | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """`base_tensors` block by block: of fused experts, the form they have in files is a copy."""
+    """`base_tensors` block by block: of fused experts, the form they have in files is a copy.
+
+    What lies at the address of one of `tables` is taken for that one.
+    """
     names, family = file_names(model), family_of(model)
     parts: dict[int | None, dict[str, torch.Tensor]] = {}
     for name, tensor in _without_adapters(plain_state(model)).items():
         if tensor.is_meta and not packed:
             continue
+        tensor = (tables or {}).get(tensor.data_ptr(), tensor)
         place = family.split(name)
         block = place[0] if place else None
         if layout is None or block not in layout.new_indices:
@@ -208,8 +220,10 @@ def _without_adapters(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     """Return a state without what peft's adapters have added to it, under the names it had before them."""
     plain = {}
     for name, tensor in state.items():
-        if ".lora_" in name or ".adaption_" in name:
+        if any(added in name for added in (".lora_", ".adaption_", ".modules_to_save.")):
             continue
-        # Where peft keeps the layer that it wraps: LoRA's, and LLaMA-Adapter's attention.
-        plain[name.replace(".base_layer.", ".").replace(".self_attn.model.", ".self_attn.")] = tensor
+        # Where peft keeps the layer that it wraps: LoRA's, a module saved whole, LLaMA-Adapter's attention.
+        for kept in (".base_layer.", ".original_module."):
+            name = name.replace(kept, ".")
+        plain[name.replace(".self_attn.model.", ".self_attn.")] = tensor
     return plain

@@ -1,8 +1,13 @@
+from dataclasses import replace
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from deepen.errors import PackError
+from deepen.expansion import NewRows
 from deepen.model.record import new_parameters
+from deepen.model.rows import part_rows
+from deepen.model.state import state_of
 
 
 def freeze_base(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -23,6 +28,30 @@ def freeze_base(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     if odd := trained ^ recorded.keys():
         raise PackError(f"parameter {min(odd)!r} is shared with the base: it cannot train alone")
     return recorded
+
+
+def train_rows(model: PreTrainedModel, rows: NewRows) -> dict[str, nn.Parameter]:
+    """Have rows of new tokens train beside the new blocks, and belong to them: both are bypassed together.
+
+    They are parameters of their own beside their tables, which stay as they are; `save_blocks` writes both.
+
+    Args:
+        model: with one pack of new blocks active.
+        rows: the last ones of the base's tables.
+
+    Returns:
+        The rows, by exact name.
+
+    Raises:
+        PackError: several packs are active, or none.
+    """
+    state = state_of(model)
+    if len(state.active) != 1:
+        raise PackError(f"rows train with one pack of new blocks, and {len(state.active)} are active")
+    name = state.active[0]
+    held = state.packs[name]
+    state.packs[name] = replace(held, expansion=held.expansion.model_copy(update={"new_rows": rows}))
+    return part_rows(model, rows, lambda: name in state.active)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

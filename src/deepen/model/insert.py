@@ -58,7 +58,8 @@ def insert_blocks(
 
     Raises:
         FamilyError: deepen does not know the model, or a block's residual writes cannot be filled.
-        LayoutError: the layout is for another number of blocks, or the config cannot describe the result.
+        LayoutError: the layout is for another number of blocks, the config cannot describe the result, or the
+            model has rows that a block pack brought.
         PackError: the model is bypassed, or its files, which a quantised one is copied from, lack a tensor.
     """
     family = family_of(model)
@@ -69,6 +70,9 @@ def insert_blocks(
         raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
     if name in state.packs:
         raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
+    below = active_expansion(model, state.below) if state.below else None
+    if below and below.new_rows:
+        raise LayoutError("the model's new blocks brought rows of new tokens: merge them, then expand")
     _check_fillable(blocks, family)
     files = _files_to_copy(model, layout)
     reordered_config(model, family, state.config, layout.origins)
@@ -80,7 +84,7 @@ def insert_blocks(
         {index: tuple(_inside(name, names) for name in held) for index, held in tensors.items()},
         str(base or model.name_or_path or "unnamed"),
         fingerprint or Fingerprint(fast=live_fingerprint(model)),
-        active_expansion(model, state.below) if state.below else None,
+        below,
     )
     copies = [_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks]
     fuse_neighbours(model, family, state.config, list(blocks), layout, copies)

@@ -19,6 +19,7 @@ from deepen.expansion import MANIFEST_NAME, open_base
 from deepen.model.dtypes import file_dtypes
 from deepen.model.names import file_names
 from deepen.model.record import expansion_of, find_expansion, new_tensors
+from deepen.model.rows import packed_rows
 from deepen.model.source import source_checkpoint
 from deepen.model.state import base_state
 from deepen.model.switch import attach_checked
@@ -51,6 +52,8 @@ def save_blocks(
     """
     expansion, files = expansion_of(model), source_checkpoint(model)
     tensors = file_names(model).state(new_tensors(model))
+    if expansion.new_rows:
+        tensors |= packed_rows(model, expansion.new_rows)
     if dtypes is None and files is not None:
         dtypes = file_dtypes(model, files)
     inside = (files.directory,) if files else ()

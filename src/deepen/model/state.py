@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from deepen.expansion.layout import Layout, NewBlock
 from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
 from deepen.expansion.stages import previous_expansion
 from deepen.model.names import file_names
+from deepen.model.rows import Rows, place_rows, tables_with
 from deepen.model.source import source_directory
 from deepen.model.structure import blocks_of, depth_config, family_of, install_blocks, reordered_config
 
@@ -31,10 +33,12 @@ class Attached:
     Attributes:
         expansion: the record of them, as if they stood on the base alone.
         blocks: them, as `expansion.latest_blocks` lists them.
+        rows: the rows that came with them; None where there are none, or where they train beside the tables.
     """
 
     expansion: Expansion
     blocks: tuple[nn.Module, ...]
+    rows: Rows | None = None
 
 
 @dataclass(kw_only=True)
@@ -44,6 +48,7 @@ class State:
     Attributes:
         base: the blocks of the base.
         config: its config values that depend on their number.
+        rows: its rows of new tokens, where a pack brings others.
         packs: what is attached, by name.
         active: the names of what is switched on, from the bottom.
         below: the state of the base, where that was expanded itself.
@@ -52,6 +57,7 @@ class State:
 
     base: tuple[nn.Module, ...]
     config: Mapping[str, Any]
+    rows: Rows | None = None
     packs: dict[str, Attached] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     below: "State | None" = None
@@ -147,8 +153,11 @@ def switch(model: PreTrainedModel, state: State, names: Sequence[str]) -> None:
 
     Raises:
         LayoutError: the config has no words for the kinds of blocks in this order.
+        PackError: several of the packs bring rows of the same tables.
     """
     family, chosen = family_of(model), [state.packs[name] for name in names]
+    if sum(each.expansion.new_rows is not None for each in chosen) > 1:
+        raise PackError(f"{', '.join(names)}: several of them bring new rows of one vocabulary; activate one")
     layout, places = stacked_layout(len(state.base), [each.expansion for each in chosen])
     config = state.config
     if chosen:
@@ -157,8 +166,27 @@ def switch(model: PreTrainedModel, state: State, names: Sequence[str]) -> None:
     for new, (pack, number) in zip(layout.new_blocks, places, strict=True):
         blocks[new.index] = _following(chosen[pack].blocks[number], state.base[new.copy_of])
     install_blocks(model, family, [blocks[index] for index in range(layout.depth)], config)
+    _switch_rows(model, state, chosen)
     state.active = tuple(names)
     set_state(model, state)
+
+
+def _switch_rows(model: PreTrainedModel, state: State, chosen: Sequence[Attached]) -> None:
+    """Put the chosen pack's rows into the model's tables, or the base's where it has none."""
+    for pack in state.packs.values():
+        if pack.rows is not None and pack.expansion.new_rows and state.rows is not None:
+            placed = next((each.rows for each in chosen if each.rows is not None), state.rows)
+            place_rows(model, pack.expansion.new_rows, placed)
+            return
+
+
+def base_tables(model: PreTrainedModel) -> dict[int, torch.Tensor]:
+    """Return the address of each table that holds a pack's rows -> the table as it is in the base."""
+    state = find_state(model)
+    for pack in (state.packs[name] for name in state.active) if state else ():
+        if state and state.rows is not None and pack.rows is not None and pack.expansion.new_rows:
+            return tables_with(model, pack.expansion.new_rows, state.rows)
+    return {}
 
 
 def _following(block: nn.Module, origin: nn.Module) -> nn.Module:
@@ -201,8 +229,9 @@ def active_expansion(model: PreTrainedModel, state: State) -> Expansion | None:
         for name in state.active
         for block in state.packs[name].expansion.latest_blocks
     ]
-    first = state.packs[state.active[0]].expansion
-    return with_blocks(first, blocks, file_names(model).family).model_copy(update={"averaged": {}})
+    rows = (state.packs[name].expansion.new_rows for name in state.active)
+    whole = with_blocks(state.packs[state.active[0]].expansion, blocks, file_names(model).family)
+    return whole.model_copy(update={"averaged": {}, "new_rows": next(filter(None, rows), None)})
 
 
 def _recorded(

@@ -1,6 +1,6 @@
 """Put block packs on a live base, switch between them, take them off."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from deepen.blocks import Pack, open_pack
 from deepen.errors import PackError
-from deepen.expansion import MANIFEST_NAME
+from deepen.expansion import MANIFEST_NAME, ROWS_PREFIX
 from deepen.families import Family
 from deepen.model.fingerprint import live_fingerprint
 from deepen.model.names import file_names, put_tensors
 from deepen.model.record import new_tensors
+from deepen.model.rows import Rows, last_rows
 from deepen.model.state import (
     Attached,
     State,
@@ -58,10 +59,14 @@ def attach_checked(model: PreTrainedModel, pack: Pack, state: State, name: str) 
         raise PackError(f"{name!r} is attached already; give the pack another name, or detach that one")
     before, active = find_state(model), state.active
     origins = [state.base[block.copy_of] for block in pack.expansion.latest_blocks]
-    state.packs[name] = Attached(pack.expansion.portable, tuple(map(copied_block, origins)))
+    tensors = _read(pack.shard.path)
+    rows = _take_rows(model, pack, tensors)
+    if rows is not None and pack.expansion.new_rows and state.rows is None:
+        state.rows = last_rows(model, pack.expansion.new_rows)
+    state.packs[name] = Attached(pack.expansion.portable, tuple(map(copied_block, origins)), rows)
     try:
         switch(model, state, [name])
-        _fill(model, pack)
+        _fill(model, pack, tensors)
         switch(model, state, [name])
     except BaseException:
         switch(model, state, active)
@@ -164,19 +169,42 @@ def _check_base(model: PreTrainedModel, state: State, pack: Pack) -> None:
         )
 
 
-def _fill(model: PreTrainedModel, pack: Pack) -> None:
+def _fill(model: PreTrainedModel, pack: Pack, held: Mapping[str, torch.Tensor]) -> None:
     """Give the new blocks, which the model now has, the pack's tensors."""
     path, new = pack.shard.path, pack.expansion.layout.new_indices
     tensors: dict[str, torch.Tensor] = {}
-    family = _dialect(model, [tensor.name for tensor in pack.shard.tensors])
+    family = _dialect(model, list(held))
     # Copied: what is mapped from a file may lie unaligned, and sums come out in other last bits.
-    for name, tensor in _read(path).items():
+    for name, tensor in held.items():
         place = family.split(name)
         if place is None or place[0] not in new:
             raise PackError(f"{path}: tensor {name!r} belongs to no new block of {MANIFEST_NAME}")
         if not family.is_buffer(place[1]):
             tensors[name] = tensor.clone()
     put_tensors(model, tensors, set(new_tensors(model)), str(path))
+
+
+def _take_rows(model: PreTrainedModel, pack: Pack, tensors: dict[str, torch.Tensor]) -> Rows | None:
+    """Take the rows that a pack brings out of its tensors.
+
+    Raises:
+        PackError: they are not rows of the model's tables.
+    """
+    path, rows = pack.shard.path, pack.expansion.new_rows
+    if rows is None:
+        return None
+    try:
+        needed = last_rows(model, rows)
+    except AttributeError:
+        raise PackError(f"{path}: {MANIFEST_NAME} has new_rows of a table that the model lacks") from None
+    for table, held in needed.items():
+        found = tensors.pop(ROWS_PREFIX + table, None)
+        if found is None or found.shape != held.shape or held.shape[0] != rows.count:
+            raise PackError(
+                f"{path}: has no tensor {ROWS_PREFIX + table!r} of {rows.count} rows of the model's"
+            )
+        needed[table] = found.clone()
+    return needed
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

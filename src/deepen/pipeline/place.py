@@ -36,8 +36,9 @@ def choose_place(plan: RunPlan, world: World) -> Place:
 
 def _fitting(plan: RunPlan, device: torch.device) -> Parallel:
     train = plan.train
-    whole = train.quantise != "none" or train.optimizer == "adamw_8bit" or train.method == "rows"
-    if device.type != "cuda" or whole:
+    whole = train.quantise != "none" or train.optimizer == "adamw_8bit"
+    tables = train.method == "rows" or train.new_rows or train.lora.modules_to_save
+    if device.type != "cuda" or whole or tables:
         return "ddp"
     if train.held_beside or train.unit_rates:  # that model is not cut, nor are units
         return "ddp"

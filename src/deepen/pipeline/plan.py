@@ -10,9 +10,9 @@ from deepen.blocks import Pack, check_pack, open_pack
 from deepen.checkpoint import fast_fingerprint, resolve_base
 from deepen.config import EvaluateSection, Place, Recipe, SftSection, TrainSection
 from deepen.data.files import find_files
-from deepen.errors import DeepenError, RecipeError
+from deepen.errors import CheckpointError, DeepenError, RecipeError
 from deepen.evaluation.suites import task_specs
-from deepen.expansion import Base, Layout, count_parameters, open_base
+from deepen.expansion import Base, Layout, count_parameters, find_tables, open_base
 from deepen.families import Family
 from deepen.pipeline.placement import place_blocks
 from deepen.records import Parameters
@@ -140,6 +140,8 @@ def plan_run(recipe: Recipe) -> Outline:
     _check_length(recipe, base, faults)
     if recipe.train and recipe.train.prefix_cache != "none" and layout and 0 in layout.new_indices:
         faults.append("train.prefix_cache: has nothing to keep: a new block stands at the bottom")
+    if recipe.train and recipe.train.new_rows:
+        _collect(faults, "train.new_rows", lambda: count_new_rows(base))
     for place, text in _texts(recipe):
         if text.path is not None:
             _collect(faults, place, lambda text=text: find_files(text))  # type: ignore[misc]
@@ -336,6 +338,24 @@ def _collect(faults: list[str], place: str, work: Callable[[], _T]) -> _T | None
         return None
 
 
+def count_new_rows(base: Base) -> int:
+    """Return the parameters of the rows of a base's new tokens.
+
+    Raises:
+        CheckpointError: its vocabulary was not extended.
+    """
+    from deepen.vocabulary import VOCABULARY_NAME, read_vocabulary  # which brings torch
+
+    if (record := read_vocabulary(base.checkpoint.directory)) is None:
+        raise CheckpointError(
+            f"{base.checkpoint.directory} has no {VOCABULARY_NAME}, so no row is new; "
+            "deepen vocabulary extend writes one"
+        )
+    tables = find_tables(base)
+    own = [base.checkpoint.tensors[name] for name in (tables.inputs[0], *tables.outputs)]
+    return count_parameters(own) // tables.rows * (tables.rows - record.base_rows)
+
+
 def _is_buffer(name: str, family: Family) -> bool:
     place = family.split(name)
     return place is not None and family.is_buffer(place[1])
@@ -351,5 +371,6 @@ def _count(train: TrainSection, base: Base, layout: Layout | None) -> Parameters
     copied = [block.copy_of for block in layout.new_blocks] if layout else []
     places = ((family.split(tensor.name), tensor) for tensor in tensors)
     new = sum(count_parameters([tensor]) * copied.count(place[0]) for place, tensor in places if place)
-    known = {"full": total + new, "blocks": new}
+    rows = count_new_rows(base) if train.new_rows else 0
+    known = {"full": total + new, "blocks": new + rows}
     return Parameters(base=total, new=new, trainable=known.get(train.method))

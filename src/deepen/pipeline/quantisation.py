@@ -1,6 +1,7 @@
 """What it cost to hold the base quantised in training, measured beside the base in full precision."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Final
 
@@ -14,7 +15,7 @@ from deepen.errors import CheckFailed
 from deepen.evaluation.memory import collect_memory
 from deepen.evaluation.record import nats_per_token
 from deepen.expansion import count_parameters
-from deepen.model import check_quantisation, packed_fingerprint, packed_layers
+from deepen.model import bypass, check_quantisation, packed_fingerprint, packed_layers
 from deepen.model.state import forget_state
 from deepen.pipeline.place import Place, compute_precision
 from deepen.pipeline.plan import RunPlan
@@ -144,7 +145,8 @@ def _score_unquantised(
             trainee.root, texts, World(), autocast=trainee.autocast, progress=reporter.progress
         )
 
-    base = score()  # which what trains does not change until it is trained
+    with bypass(trainee.model) if plan.pack else nullcontext():
+        base = score()  # which what trains does not change until it is trained
     with torch.no_grad():
         for name, parameter in trainee.parameters.items():
             parameter.copy_(trained[name])

@@ -104,6 +104,8 @@ def trained_model(
 def _prepare(job: Job, model: PreTrainedModel) -> dict[str, nn.Parameter]:
     if job.layout:
         insert_blocks(model, job.layout, base=str(job.source), fingerprint=_UNREAD)
+    if job.train.new_rows or job.train.method == "rows":
+        model.name_or_path = str(job.source)  # where it is said which rows are new
     return build_method(job.train).prepare(model)
 
 

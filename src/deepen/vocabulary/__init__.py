@@ -14,18 +14,16 @@ from deepen.vocabulary.record import (
     VocabularyRecord,
     read_vocabulary,
 )
-from deepen.vocabulary.rows import Tables, find_tables, plan_rows
+from deepen.vocabulary.rows import plan_rows
 
 __all__ = [
     "VOCABULARY_NAME",
     "ExtendResult",
     "MeasuredText",
     "PieceRecord",
-    "Tables",
     "Text",
     "VocabularyRecord",
     "extend_vocabulary",
-    "find_tables",
     "plan_rows",
     "read_vocabulary",
 ]

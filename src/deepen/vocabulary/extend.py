@@ -10,14 +10,24 @@ from typing import Any, Final
 
 from deepen.checkpoint import CONFIG, atomic_directory, check_free, fast_fingerprint
 from deepen.errors import CheckpointError, DataError
-from deepen.expansion import Base, Progress, carried_files, carry, check_space, open_base, write_weights
+from deepen.expansion import (
+    Base,
+    Progress,
+    Tables,
+    carried_files,
+    carry,
+    check_space,
+    find_tables,
+    open_base,
+    write_weights,
+)
 from deepen.records import capture_provenance
 from deepen.vocabulary.corpus import Text
 from deepen.vocabulary.files import Extension, extended_files
 from deepen.vocabulary.learn import learn_pieces
 from deepen.vocabulary.measure import measure_text
 from deepen.vocabulary.record import VOCABULARY_NAME, MeasuredText, PieceRecord, VocabularyRecord
-from deepen.vocabulary.rows import Head, Tables, find_tables, new_rows, plan_rows
+from deepen.vocabulary.rows import Head, new_rows, plan_rows
 from deepen.vocabulary.words import BYTES, count_words
 
 logger = logging.getLogger("deepen")

@@ -10,71 +10,19 @@ word embeddings for pretrained language models", 2021). For the first there is n
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
 import torch
 
 from deepen.checkpoint import Checkpoint, Tensor, byte_count, tensor_reader
-from deepen.errors import CheckpointError
-from deepen.expansion import (
-    Base,
-    Copy,
-    Plan,
-    PlannedFile,
-    PlannedTensor,
-    WrittenFile,
-    held_tensors,
-    plan_files,
-)
+from deepen.expansion import Copy, Plan, PlannedTensor, Run, held_tensors, plan_files, with_last_rows
 
 Head = Literal["parts", "average"]
 
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS_AT_ONCE: Final = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tables:
-    """The tensors of a base that have one row a token.
-
-    Attributes:
-        inputs: the embeddings; with tied embeddings they are the head too.
-        outputs: a head of its own, and its bias.
-        rows: how many rows each has.
-    """
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    rows: int
-
-
-def find_tables(base: Base) -> Tables:
-    """Find them by the family's names and check their sizes against the config.
-
-    Raises:
-        CheckpointError: one is not a table of floats, or has other than `vocab_size` rows.
-    """
-    family, tensors = base.family, base.checkpoint.tensors
-    where = base.checkpoint.directory
-    inputs = tuple(dict.fromkeys(name for name in family.tied.values() if name in tensors))
-    heads = [name for name in family.tied if name in tensors]
-    biases = [bias for name in heads if (bias := name.removesuffix("weight") + "bias") in tensors]
-    rows = family.text_config(base.checkpoint.config).get("vocab_size")
-    for name in (*inputs, *heads, *biases):
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES or tensor.shape[0] != rows:
-            raise CheckpointError(
-                f"{where}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; "
-                f"a table of floats with vocab_size = {rows} rows is needed"
-            )
-    if not inputs:
-        raise CheckpointError(f"{where}: has no embeddings by the names of the family {family.name}")
-    assert isinstance(rows, int)
-    if family.is_tied(base.checkpoint.config):
-        return Tables(inputs=(*inputs, *heads), outputs=tuple(biases), rows=rows)
-    return Tables(inputs=inputs, outputs=(*heads, *biases), rows=rows)
 
 
 def new_rows(tensor: Tensor, replaced: Sequence[Sequence[int]] | None, count: int) -> Iterator[bytes]:
@@ -115,24 +63,10 @@ def plan_rows(base: Checkpoint, added: Mapping[str, Path], longer: int) -> Plan:
     """
     held = held_tensors(base)
     tensors = tuple(_longer(tensor, longer) if tensor.name in added else tensor for tensor in held)
-    plan = plan_files(base, tensors)
-    return replace(plan, files=tuple(_in_runs(file, added) for file in plan.files))
+    last = {name: Run(Copy(path, 0), path.stat().st_size) for name, path in added.items()}
+    return with_last_rows(plan_files(base, tensors), last)
 
 
 def _longer(tensor: PlannedTensor, count: int) -> PlannedTensor:
     shape = (tensor.shape[0] + count, *tensor.shape[1:])
     return replace(tensor, shape=shape, length=byte_count(tensor.dtype, shape))
-
-
-def _in_runs(file: PlannedFile, added: Mapping[str, Path]) -> WrittenFile:
-    """Give a file whose header is done with the old and the new rows of a table as two runs of bytes."""
-    runs: list[PlannedTensor] = []
-    for tensor in file.tensors:
-        if tensor.name not in added:
-            runs.append(tensor)
-            continue
-        new = added[tensor.name]
-        length = new.stat().st_size
-        runs.append(replace(tensor, length=tensor.length - length))
-        runs.append(replace(tensor, length=length, source=Copy(new, 0)))
-    return WrittenFile(file.name, file.metadata, tuple(runs), file.header[8:])
