@@ -6,8 +6,8 @@ PART is binary, verdict, scores, again, clusters or binary_clusters; default: al
 
 Results known beforehand: paired items are drawn from distributions whose true difference is given, 2,000
 times each, and every draw gets the interval and the verdict a user would get. For right-or-wrong items the
-coverage is also summed exactly over all possible outcomes, and the error of the verdict only so. A part that was computed replaces its rows in
-studies/records/intervals.json; the others stay.
+coverage is also summed exactly over all possible outcomes; the error of the verdict is only so. A part that
+was computed replaces its rows in studies/records/intervals.json; the others stay.
 """
 
 import json
@@ -84,7 +84,7 @@ def binary_row(n: int, discordance: float, difference: float, trials: int) -> di
 def verdict() -> Iterator[dict[str, object]]:
     """Chance that a loss of just the margin is called kept, at the share of discordant items that is worst.
 
-    `end_alone`: were the end of the interval to decide; `kept`: of the verdict, which asks the exact test too.
+    `end_alone`: were the interval's end to decide; `kept`: of the verdict, which asks the exact test too.
     """
     for margin in (0.01, 0.05, 0.1):
         for n in (30, 50, 100, 200, 300, 1000, 2000):
