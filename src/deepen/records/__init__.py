@@ -7,6 +7,7 @@ from deepen.records.continual import (
     SequenceCell,
     SequenceTaskRecord,
     TaskAnswers,
+    TraceDelta,
 )
 from deepen.records.findings import FindingsRecord
 from deepen.records.importance import BlockImportance, ImportanceRecord
@@ -79,6 +80,7 @@ __all__ = [
     "TaskScores",
     "TextResult",
     "TokenShift",
+    "TraceDelta",
     "TrainingPoint",
     "WorthRecord",
     "capture_provenance",
