@@ -103,11 +103,12 @@ def test_the_deltas_are_rows_of_the_table(place, capsys):
 
 
 def test_faults_are_said_before_anything_is_learned(place, capsys):
+    nobody = {"url": "http://localhost:1/v1", "model": "judge"}
     for deltas, said in (
         ({"safety": f"{place}/cona.jsonl"}, "give both"),
         ({"general": ["no-such-task.yaml"]}, "no-such-task.yaml"),
         (
-            {"safety": f"{place}/none.jsonl", "judge": {"url": "http://localhost:1/v1", "model": "j"}},
+            {"safety": f"{place}/none.jsonl", "judge": nobody},
             "none.jsonl",
         ),
     ):
