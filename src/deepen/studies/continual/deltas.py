@@ -22,6 +22,7 @@ from deepen.pipeline.evaluate import Request, evaluate_model
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.records import Metric, TraceDelta, capture_provenance
 from deepen.studies.cells import Cell, Computed
+from deepen.studies.continual.models import saved_model
 
 GENERAL, INSTRUCTIONS, SAFETY = KINDS = ("general ability", "instruction following", "safety")
 # Raised when a change of deepen changes what equal inputs give.
@@ -42,13 +43,13 @@ def check_deltas(asked: DeltasSection, tokenizer: Any) -> None:
             raise RecipeError("deltas: the base's tokenizer has no chat template to ask questions by")
 
 
-def delta_cell(recipe: ContinualRecipe, learned: Cell, model: Path, base: Path) -> Cell:
+def delta_cell(recipe: ContinualRecipe, learned: Cell, trained: Path, base: Path) -> Cell:
     """Return the cell of the deltas of a method that has learned the sequence.
 
     Args:
         recipe: of the study.
         learned: the method's own cell, finished.
-        model: what it saved last.
+        trained: where it saved what it learned last.
         base: directory of the base.
     """
     asked = recipe.deltas
@@ -62,7 +63,7 @@ def delta_cell(recipe: ContinualRecipe, learned: Cell, model: Path, base: Path) 
             "asked": asked.model_dump(mode="json", exclude_defaults=True),
             "questions": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
         },
-        compute=partial(_measure, recipe, model, base),
+        compute=partial(_measure, recipe, trained, base),
     )
 
 
@@ -73,8 +74,11 @@ def read_deltas(result: Sequence[Any]) -> list[TraceDelta]:
 
 
 def _measure(
-    recipe: ContinualRecipe, model: Path, base: Path, directory: Path, reporter: Reporter
+    recipe: ContinualRecipe, trained: Path, base: Path, directory: Path, reporter: Reporter
 ) -> Computed:
+    if not trained.is_dir():
+        raise StudyError(f"{trained}: is no longer there, so nothing more can be measured of it")
+    model = saved_model(trained)
     found = []
     for name, request in _requests(recipe, model, base, directory).items():
         evaluation = evaluate_model(request, reporter)
@@ -86,15 +90,14 @@ def _measure(
 
 def _requests(recipe: ContinualRecipe, model: Path, base: Path, directory: Path) -> dict[str, Request]:
     asked = recipe.deltas
-    common = {"target": str(model), "base": str(base), "device": recipe.device}
+    beside = partial(Request, target=str(model), base=str(base), device=recipe.device)
     found = {
-        name: Request(**common, chat=settings, out=directory / name.split()[0])
+        name: beside(chat=settings, out=directory / name.split()[0])
         for name, settings in _chats(asked).items()
     }
     if not asked.general:
         return found
-    general = Request(
-        **common,
+    general = beside(
         tasks=task_specs((), asked.general),
         local=Path(asked.local) if asked.local else None,
         limit=asked.limit,
@@ -130,7 +133,11 @@ def summarise(name: str, metrics: Sequence[Metric]) -> TraceDelta:
         raise StudyError(f"{name}: nothing that was asked can be compared with the base")
     gains = [(each.delta or 0.0) * (1 if each.higher_is_better else -1) for each in parts]
     value = sum(gains) / len(gains)
-    widths = [(each.ci_high - each.ci_low) / 2 for each in parts if None not in (each.ci_low, each.ci_high)]
+    widths = [
+        (each.ci_high - each.ci_low) / 2
+        for each in parts
+        if each.ci_low is not None and each.ci_high is not None
+    ]
     if len(widths) < len(parts):
         return TraceDelta(name=name, value=value, parts=parts)
     # The tasks' items are independent samples.

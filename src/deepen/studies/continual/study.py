@@ -25,7 +25,6 @@ from deepen.records.transfer import backward_transfer, forward_transfer, overall
 from deepen.report.continual import write_continual_report
 from deepen.studies.cells import Cell, Store
 from deepen.studies.continual.deltas import check_deltas, delta_cell, read_deltas
-from deepen.studies.continual.models import saved_model
 from deepen.studies.continual.sequence import ANSWERS, GENERAL, TaskSequence
 from deepen.studies.continual.training import TRAINED
 from deepen.studies.engine import Outcome, Share, Slot, run_cells
@@ -53,9 +52,9 @@ class ContinualStudy:
 
     def deltas(self, learned: Cell) -> Cell:
         """Return the cell of the deltas of a method's finished one."""
-        last = len(self.sequence.tasks), self.sequence.tasks[-1].name
-        trained = self.store.directory(learned) / f"{last[0]}-{last[1]}" / TRAINED
-        return delta_cell(self.recipe, learned, saved_model(trained), self.sequence.base)
+        tasks = self.sequence.tasks
+        trained = self.store.directory(learned) / f"{len(tasks)}-{tasks[-1].name}" / TRAINED
+        return delta_cell(self.recipe, learned, trained, self.sequence.base)
 
     def _deltas(self, learned: Cell) -> Slot:
         name = f"{learned.name}-deltas"
