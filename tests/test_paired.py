@@ -7,7 +7,7 @@ import scipy.stats
 
 from deepen.errors import DataError
 from deepen.evaluation import PairedItems, compare_items, paired_difference
-from deepen.evaluation.binary import mcnemar_p, score_interval
+from deepen.evaluation.binary import _score, exact_p, mcnemar_p, score_interval
 from deepen.evaluation.verdict import holm, settle
 from deepen.records import Metric
 
@@ -205,7 +205,7 @@ def test_the_verdict_is_where_the_interval_lies(low, high, higher, verdict):
         task="t", metric="m", value=0, stderr=None, n=100, base_value=0, delta=-0.005 if higher else 0.005,
         ci_low=low, ci_high=high, higher_is_better=higher,
     )  # fmt: skip
-    found = settle(metric, margin=0.01, error=0.006, units=100, even=True)
+    found = settle(metric, margin=0.01, error=0.006, units=100, tails=lambda _: (0, 0))
     assert (found.verdict, found.margin) == (verdict, 0.01)
     assert (found.items_needed is None) == (verdict != "not enough items")
     if verdict == "not enough items":
@@ -223,7 +223,7 @@ def test_what_may_be_skewed_must_lie_within_the_margin_with_room_to_spare(high, 
     # At 100 items the end that decides lies 1.25 times as far: 0.005 + 1.25 × 0.004 is just the margin.
     found = settle(metric, margin=0.01, error=0.002, units=100)
     assert found.verdict == verdict
-    assert settle(metric, margin=0.01, error=0.002, units=100, even=True).verdict == "kept"
+    assert settle(metric, margin=0.01, error=0.002, units=100, tails=lambda _: (0, 0)).verdict == "kept"
 
 
 def test_so_many_documents_do_decide():
@@ -266,6 +266,35 @@ def test_items_needed_are_more_than_there_are():
         found = one(table(gained, lost, rest, 0))
         if found.verdict == "not enough items":
             assert found.items_needed is None or found.items_needed > n
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n", "difference"),
+    [(0, 0, 30, -0.01), (3, 1, 30, -0.05), (8, 0, 30, -0.01), (2, 9, 40, 0.1), (9, 2, 25, -0.3)],
+)
+def test_the_exact_test_is_the_sum_over_all_outcomes(gained, lost, n, difference):
+    outcomes = np.array([(a, b, n - a - b) for a in range(n + 1) for b in range(n + 1 - a)])
+    ends = [constrained_score(difference, *pair, n) if min(pair) else None for pair in outcomes[:, :2]]
+    seen = _score(difference, gained, lost, n)
+    scores = _score(difference, outcomes[:, 0], outcomes[:, 1], n)
+    # The order of the outcomes is Tango's.
+    known = [place for place, end in enumerate(ends) if end is not None][:40]
+    assert scores[known] == pytest.approx([ends[place] for place in known], abs=1e-4)
+    rows = outcomes[scores >= seen - 1e-9]
+    least = abs(difference)
+    chances = [
+        scipy.stats.multinomial.pmf(rows, n, [(s + difference) / 2, (s - difference) / 2, 1 - s]).sum()
+        for s in np.linspace(least, 1, 300)
+    ]
+    assert exact_p(gained, lost, n, difference) == pytest.approx(max(chances), abs=2e-4)
+
+
+def test_a_verdict_on_right_or_wrong_items_needs_the_exact_test_too():
+    metric = one(table(5, 0, 25, 0), margin=0.1)
+    assert metric.ci_low > -0.1
+    low, high = exact_p(0, 5, 30, 0.1), exact_p(5, 0, 30, -0.1)
+    assert low > 0.5
+    assert metric.verdict == ("kept" if high <= 0.025 else "not enough items")
 
 
 # Edges

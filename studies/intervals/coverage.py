@@ -2,12 +2,12 @@
 
     python studies/intervals/coverage.py [PART ...]
 
-PART is binary, scores, again, clusters or binary_clusters; default: all.
+PART is binary, verdict, scores, again, clusters or binary_clusters; default: all.
 
 Results known beforehand: paired items are drawn from distributions whose true difference is given, 2,000
 times each, and every draw gets the interval and the verdict a user would get. For right-or-wrong items the
-coverage is also summed exactly over all possible outcomes. A part that was computed replaces its rows in
-studies/records/intervals.json; the others stay.
+coverage is also summed exactly over all possible outcomes; the error of the verdict is only so. A part that
+was computed replaces its rows in studies/records/intervals.json; the others stay.
 """
 
 import json
@@ -17,10 +17,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import multinomial
+from scipy.stats import multinomial, norm
 
 from deepen.checkpoint import write_file
-from deepen.evaluation.binary import score_interval
+from deepen.evaluation.binary import score_chance, score_interval
 from deepen.evaluation.paired import PairedItems, compare_items
 from deepen.evaluation.statistics import Interval, paired_difference
 from deepen.evaluation.verdict import settle
@@ -28,7 +28,6 @@ from deepen.records import Metric, capture_provenance
 
 OUT = Path(__file__).resolve().parents[1] / "records" / "intervals.json"
 TRIALS, SEED = 2_000, 20_260_301
-MARGINS = (0.01, 0.05)
 
 # Differences of one item, of mean 0 and standard deviation 1.
 SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
@@ -41,7 +40,7 @@ SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def main(parts: list[str]) -> None:
-    made = {part.__name__: part for part in (binary, scores, again, clusters, binary_clusters)}
+    made = {part.__name__: part for part in (binary, verdict, scores, again, clusters, binary_clusters)}
     for part in parts or made:
         for number, row in enumerate(made[part]()):
             print(part, row, flush=True)
@@ -79,7 +78,33 @@ def binary_row(n: int, discordance: float, difference: float, trials: int) -> di
         "difference": difference,
         "coverage": float(covered.mean()),
         "exact_coverage": exact_coverage(n, discordance, difference),
-        **_called_kept(ends[:, 0], difference),
+    }
+
+
+def verdict() -> Iterator[dict[str, object]]:
+    """Chance that a loss of just the margin is called kept, at the share of discordant items that is worst.
+
+    `end_alone`: were the interval's end to decide; `kept`: of the verdict, which asks the exact test too.
+    """
+    for margin in (0.01, 0.05, 0.1):
+        for n in (30, 50, 100, 200, 300, 1000, 2000):
+            yield verdict_row(n, margin)
+
+
+def verdict_row(n: int, margin: float) -> dict[str, object]:
+    quantile = float(norm.ppf(0.975))
+    # The least score that the exact test calls rare, to twelve digits.
+    low, high = 0.0, 6.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        rare = score_chance(n, -margin, middle) <= 0.025
+        low, high = (low, middle) if rare else (middle, high)
+    alone = score_chance(n, -margin, quantile)
+    return {
+        "n": n,
+        "margin": margin,
+        "end_alone": alone,
+        "kept": score_chance(n, -margin, max(quantile, high)),
     }
 
 
@@ -206,11 +231,6 @@ def _is_kept(found: Interval, higher_is_better: bool) -> bool:
         higher_is_better=higher_is_better,
     )
     return settle(metric, margin=margin, error=found.error, units=found.n).verdict == "kept"
-
-
-def _called_kept(low: np.ndarray, difference: float) -> dict[str, float]:
-    """Share called kept where the true loss is just the margin."""
-    return {"called_kept_at_the_margin": float((low > difference).mean())} if -difference in MARGINS else {}
 
 
 if __name__ == "__main__":

@@ -41,6 +41,12 @@ BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Sequences in a forward pass; default: as many as fit.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda …")]
+BackendName = Annotated[
+    str, typer.Option(help="transformers, or vllm for what is generated (ordinary checkpoints only).")
+]
+Engine = Annotated[
+    list[str] | None, typer.Option(help="An argument of vLLM's engine: tensor_parallel_size=2.")
+]
 Unprotected = Annotated[
     str, typer.Option(help="The sandbox's sentence, to run programs where nothing confines them.")
 ]
@@ -68,6 +74,8 @@ def evaluate(
     limit: Limit = None,
     batch_size: BatchSize = None,
     device: Device = "auto",
+    backend: BackendName = "transformers",
+    engine: Engine = None,
     allow_unprotected: Unprotected = "",
     out: Out = None,
     as_json: Json = False,
@@ -99,6 +107,8 @@ def evaluate(
             limit=limit,
             batch_size=batch_size,
             device=device,
+            backend=backend,
+            engine=_arguments(engine or []),
             allow_unprotected=allow_unprotected,
             out=out,
         )
@@ -116,6 +126,17 @@ def _judge(questions: Path | None, url: str | None, name: str | None) -> "Judge 
     from deepen.evaluation.chat import Endpoint, Judge
 
     return Judge(endpoint=Endpoint(url=url, model=name))
+
+
+def _arguments(given: list[str]) -> dict[str, object]:
+    """Read `KEY=VALUE`, values as YAML has them."""
+    import yaml
+
+    pairs = [each.partition("=") for each in given]
+    for key, equals, _ in pairs:
+        if not (key and equals):
+            raise EvaluationError(f"--engine {key}: give KEY=VALUE, such as tensor_parallel_size=2")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 def _fail(failures: list[str]) -> None:

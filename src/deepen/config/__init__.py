@@ -1,6 +1,13 @@
 """The recipe: strict, frozen models read from YAML with `--set` on top."""
 
-from deepen.config.continual import AnswerMetric, ContinualRecipe, Scoring, SequenceMethod, SequenceTask
+from deepen.config.continual import (
+    AnswerMetric,
+    ContinualRecipe,
+    DeltasSection,
+    Scoring,
+    SequenceMethod,
+    SequenceTask,
+)
 from deepen.config.drift import PRESETS, AnchorSection
 from deepen.config.load import (
     build_recipe,
@@ -33,6 +40,7 @@ __all__ = [
     "ContinualRecipe",
     "ConversationSet",
     "DataSection",
+    "DeltasSection",
     "DomainSection",
     "EvaluateSection",
     "ExpandSection",

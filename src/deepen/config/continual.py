@@ -85,6 +85,51 @@ class SequenceMethod(Section):
         return self
 
 
+class JudgeSection(Section):
+    """Who judges answers."""
+
+    url: str
+    """An OpenAI-compatible endpoint, as `https://host/v1`; its key is read from OPENAI_API_KEY."""
+
+    model: str
+    """Its name there."""
+
+
+class DeltasSection(Section):
+    """TRACE's three deltas: of each method's last model, beside the base."""
+
+    general: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    """General ability: tasks of the harness or YAML files, with shots: `mmlu:5`."""
+
+    local: str | None = None
+    """Directory of local copies of their datasets."""
+
+    limit: Count | None = None
+    """Documents of each of them; default: all."""
+
+    instructions: str | None = None
+    """Instruction following: questions that the judge compares the answers to, one JSON a line."""
+
+    safety: str | None = None
+    """Safety: the same of other questions."""
+
+    judge: JudgeSection | None = None
+    """Who judges the answers to `instructions` and `safety`."""
+
+    max_new_tokens: Count = 1024
+    """Most tokens of an answer to them."""
+
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if bool(self.instructions or self.safety) != (self.judge is not None):
+            raise ValueError("questions (instructions, safety) and a judge belong together; give both")
+        return self
+
+    def __bool__(self) -> bool:
+        """Whether any of them is asked for."""
+        return bool(self.general or self.judge)
+
+
 class ContinualRecipe(Section):
     """A study of continual learning: every method learns the sequence of tasks, once a seed."""
 
@@ -166,6 +211,9 @@ class ContinualRecipe(Section):
 
     general_tokens: Count = 200_000
     """Tokens read from each of them, from its beginning."""
+
+    deltas: DeltasSection = DeltasSection()
+    """TRACE's deltas of general ability, instruction following and safety; default: not measured."""
 
     keep: Literal["all", "last"] = "all"
     """Whether the models of all tasks stay on disk, or only the newest one of each cell."""

@@ -5,14 +5,16 @@ The test is McNemar's in its exact form: a fair coin decides each discordant ite
 interval of Tango (Statistics in Medicine 17, 1998, 891–908): all differences that the score test with the
 other parameter at its constrained maximum does not reject. It holds its level where Wald's does not, at few
 items and few discordant ones (the exact coverages are in docs/statistics.md), and has a width even where no
-item is discordant.
+item is discordant. Its ends err in 2.5 of 100 cases only about: counts jump, and at the worst share of
+discordant items one end errs in up to 3.3. A verdict therefore asks the exact test as well (`exact_p`), which
+no share of discordant items makes err more often.
 
 Items that share clusters count as fewer: counts and items are divided by the design effect, as Rao and Scott
 do (Biometrics 48, 1992, 577–585), and the quantile is Student's t of the clusters.
 """
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import bdtr, ndtri, stdtr, stdtrit  # type: ignore[import-untyped]
 
 from deepen.evaluation.statistics import standard_error
@@ -22,6 +24,9 @@ _Floats = NDArray[np.float64]
 _Z_975 = float(ndtri(0.975))
 # Halvings of [-1, 1]: to the last bit that matters.
 _HALVINGS = 50
+# Shares of discordant items that are tried, and how far from their mean counts of gains are summed, in
+# standard deviations: what lies beyond has less than 1e-18 of the chance.
+_SHARES, _REACH = 200, 9
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
@@ -53,6 +58,56 @@ def score_interval(gained: float, lost: float, n: float, quantile: float = _Z_97
         low, high = np.where(above, middle, low), np.where(above, high, middle)
     lower, upper = ((low + high) / 2).tolist()
     return lower, upper
+
+
+def exact_p(gained: int, lost: int, n: int, difference: float) -> float:
+    """Return the chance of a score at least as high as the one seen where `difference` is the truth.
+
+    The largest one over all shares of discordant items: exact and unconditional, as Barnard's test of two
+    groups, with Tango's score as the order of outcomes (Hsueh, Liu and Chen, Biometrics 57, 2001, 478–483).
+    That of a score at least as low is `exact_p(lost, gained, n, -difference)`.
+
+    Args:
+        gained: items right under the model and wrong under the base.
+        lost: items wrong under the model and right under the base.
+        n: all items.
+        difference: strictly between -1 and 1.
+    """
+    return score_chance(n, difference, float(_score(difference, gained, lost, n)))
+
+
+def score_chance(n: int, difference: float, score: float) -> float:
+    """Return the largest chance, over all shares of discordant items, of such a score or a higher one."""
+    most_lost = _most_lost(n, difference, score)
+    least = abs(difference)
+    # Close together where few items are discordant, and the chance turns quickly.
+    shares = least + (1 - least) * np.sin(np.linspace(0, np.pi / 2, _SHARES)) ** 2
+    return max(_chance(most_lost, n, (share + difference) / 2, (share - difference) / 2) for share in shares)
+
+
+def _most_lost(n: int, difference: float, score: float) -> NDArray[np.int64]:
+    """Return for 0 … n gained the most lost whose score is not below; -1 where there is none such."""
+    gained = np.arange(n + 1)
+    # More losses lower the score; `low` has one high enough, or is -1.
+    low, high = np.full(n + 1, -1), n + 1 - gained
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        # Ties count as seen, whatever their last bits.
+        enough = _score(difference, gained, np.maximum(middle, 0), n) >= score - 1e-9
+        enough |= middle < 0
+        low, high = np.where(enough, middle, low), np.where(enough, high, middle)
+    return low
+
+
+def _chance(most_lost: NDArray[np.int64], n: int, gain: float, loss: float) -> float:
+    """Sum the chances of all outcomes of at most so many losses, by the number of gains."""
+    reach = _REACH * np.sqrt(n * gain * (1 - gain)) + 20
+    first, last = max(0, int(n * gain - reach)), min(n, int(n * gain + reach))
+    gained = np.arange(first, last + 1)
+    weights = np.diff(bdtr(gained, n, gain), prepend=0.0)
+    fits = most_lost[gained] >= 0
+    gained, weights = gained[fits], weights[fits]
+    return float(weights @ bdtr(most_lost[gained], n - gained, min(1.0, loss / (1 - gain))))
 
 
 def clustered_interval(gained: float, lost: float, n: float, units: int) -> tuple[float, float, float]:
@@ -89,8 +144,9 @@ def design_effect(gained: _Floats, lost: _Floats, sizes: _Floats) -> float | Non
     return max(1.0, float(error**2 / independent if independent > 0 else (sizes**2).sum() / n))
 
 
-def _score(difference: _Floats, gained: float, lost: float, n: float) -> _Floats:
+def _score(difference: ArrayLike, gained: ArrayLike, lost: ArrayLike, n: float) -> _Floats:
     """Return the score statistic of each difference; the loss rate stands at its constrained maximum."""
+    difference, gained, lost = (np.asarray(each, dtype=np.float64) for each in (difference, gained, lost))
     linear = (2 * n - gained + lost) * difference - gained - lost
     constant = -lost * difference * (1 - difference)
     rate = (np.sqrt(np.maximum(linear**2 - 8 * n * constant, 0)) - linear) / (4 * n)

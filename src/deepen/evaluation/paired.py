@@ -9,12 +9,19 @@ all such scores of one mean vary most.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deepen.errors import DataError
-from deepen.evaluation.binary import clustered_interval, design_effect, mcnemar_p, score_interval
+from deepen.evaluation.binary import (
+    clustered_interval,
+    design_effect,
+    exact_p,
+    mcnemar_p,
+    score_interval,
+)
 from deepen.evaluation.statistics import Interval, paired_difference, standard_error
 from deepen.evaluation.verdict import adjust, settle
 from deepen.records import Metric
@@ -111,7 +118,14 @@ def _compare(items: PairedItems, margin: float, seed: int) -> Metric:
         ci_high=found.ci_high,
         p=found.p,
     )
-    return settle(metric, margin=margin, error=found.error, units=len(sizes), even=alone)
+    tails = partial(_tails, items.values, items.base) if alone else None
+    return settle(metric, margin=margin, error=found.error, units=len(sizes), tails=tails)
+
+
+def _tails(values: _Floats, base: _Floats, difference: float) -> tuple[float, float]:
+    """Return the chances of a difference as high, and as low, as that of right-or-wrong items."""
+    n, gained, lost = len(values), int((values > base).sum()), int((values < base).sum())
+    return exact_p(gained, lost, n, difference), exact_p(lost, gained, n, -difference)
 
 
 def _hardly_differs(items: PairedItems, base: _Floats) -> bool:

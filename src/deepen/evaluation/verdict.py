@@ -5,6 +5,9 @@ within the margin. So the error that matters, calling kept what lost exactly the
 time in 40 (the one-sided level of 2.5% that ICH E9 asks of non-inferiority trials). Lost is the mirror image:
 the better end lies beyond the margin. Anything else is undecided, never "no difference".
 
+An interval of right-or-wrong items errs at one end a little more or less often than that, since counts jump.
+There the exact test must agree (`deepen.evaluation.binary.exact_p`), whose level of 2.5% holds to the letter.
+
 An interval of scores misses evenly on both sides only where their differences are not skewed. Where few items
 lose much, a sample may hold none of them, look harmless, and end short of the truth twice as often as on the
 other side; and it is just such a sample that does not show its skewness. What one end errs by falls with the
@@ -14,7 +17,7 @@ simulation: with it no shape of docs/statistics.md is called kept more often tha
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.special import ndtri  # type: ignore[import-untyped]
@@ -27,9 +30,16 @@ FEWEST_ITEMS = 30
 _Z_975, _Z_80 = float(ndtri(0.975)), float(ndtri(0.8))
 _MOST_ITEMS = 1e9
 _CAUTION = 2.5
+# Of one end of a 95% interval.
+_LEVEL = 0.025
+
+Tails = Callable[[float], tuple[float, float]]
+"""Difference -> the chances, were it the truth, of one at least as high, and as low, as was seen."""
 
 
-def settle(metric: Metric, *, margin: float, error: float | None, units: int, even: bool = False) -> Metric:
+def settle(
+    metric: Metric, *, margin: float, error: float | None, units: int, tails: Tails | None = None
+) -> Metric:
     """Return the metric with its verdict and, where undecided, the items that would likely decide.
 
     Args:
@@ -37,7 +47,7 @@ def settle(metric: Metric, *, margin: float, error: float | None, units: int, ev
         margin: largest loss that still counts as kept, in the metric's own unit.
         error: standard error of the difference, for planning.
         units: independent items: clusters where items share one.
-        even: the interval misses evenly on both sides whatever the items are, and decides as it is.
+        tails: the exact test; with it the interval's ends decide where they are, if the test agrees.
 
     Raises:
         ValueError: the margin is not a positive number.
@@ -49,16 +59,21 @@ def settle(metric: Metric, *, margin: float, error: float | None, units: int, ev
     # In the direction of a gain.
     sign = 1 if metric.higher_is_better else -1
     given = None not in (metric.ci_low, metric.ci_high) and units >= FEWEST_ITEMS
-    caution = 0.0 if even else _CAUTION
+    caution = 0.0 if tails else _CAUTION
     reach = 1 + caution / math.sqrt(units)
     ends = (metric.delta + reach * ((end or 0) - metric.delta) for end in (metric.ci_low, metric.ci_high))
     worst, best = sorted(sign * end for end in ends)
-    if given and worst > -margin:
-        return metric.model_copy(update={"margin": margin, "verdict": "kept"})
-    if given and best < -margin:
-        return metric.model_copy(update={"margin": margin, "verdict": "lost"})
+    verdict = "kept" if worst > -margin else "lost" if best < -margin else None
+    if given and verdict and (tails is None or _agrees(tails, verdict, sign, margin)):
+        return metric.model_copy(update={"margin": margin, "verdict": verdict})
     needed = _items_needed(metric.n, sign * metric.delta, margin, error, units, caution)
     return metric.model_copy(update={"margin": margin, "verdict": "not enough items", "items_needed": needed})
+
+
+def _agrees(tails: Tails, verdict: str, sign: int, margin: float) -> bool:
+    """Whether what was seen would be rare enough if the loss were just the margin."""
+    gain, loss = tails(-sign * margin)[::sign]
+    return (gain if verdict == "kept" else loss) <= _LEVEL
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from deepen.evaluation.chat.episodes import RunPrograms
 from deepen.evaluation.chat.live import LiveChat
 from deepen.evaluation.chat.messages import digest_of
 from deepen.evaluation.sandbox import run_programs
+from deepen.pipeline.backend import TRANSFORMERS, Backend, name_backend
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.subject import Side, Subject
 from deepen.pipeline.texts import load_tokenizer
@@ -145,6 +146,7 @@ def score_chat(
     device: torch.device,
     max_new_tokens: int,
     batch_size: int | None = None,
+    backend: Backend = TRANSFORMERS,
 ) -> tuple[list[TaskRecord], list[str]]:
     """Have a model and its base answer; write `task-NAME.json` and `items/NAME.jsonl`, NAME being the file's.
 
@@ -160,6 +162,7 @@ def score_chat(
         device: where the models compute.
         max_new_tokens: of one reply.
         batch_size: conversations in a forward pass.
+        backend: who runs the models.
 
     Returns:
         The records, and why others failed.
@@ -168,8 +171,8 @@ def score_chat(
         EvaluationError: the tokenizer has no chat template.
         OutputError: `out` cannot be written.
     """
-    chat = partial(LiveChat, max_new_tokens=max_new_tokens, batch_size=batch_size or _BATCH)
-    model, base = _responders(subject, device, chat, reporter)
+    chat = partial(LiveChat, max_new_tokens=max_new_tokens, batch_size=batch_size or backend.rows or _BATCH)
+    model, base = _responders(subject, backend, device, chat, reporter)
     records, failures = [], []
     for job in jobs:
         reporter.stage(job.name)
@@ -185,20 +188,25 @@ def score_chat(
         sides = [model.identity, base.identity if base else None]
         asked = digest_of(job.file.read_text("utf-8"), dict(job.about))
         digests = {"identity": digest_of(*sides, asked), "asked": asked}
-        records.append(_keep(out, job, digests, subject, scored, time.monotonic() - begun))
+        kept = replace(job, about={**job.about, **name_backend(backend)})
+        records.append(_keep(out, kept, digests, subject, scored, time.monotonic() - begun))
     return records, failures
 
 
 def _responders(
-    subject: Subject, device: torch.device, chat: Callable[..., LiveChat], reporter: Reporter
+    subject: Subject,
+    backend: Backend,
+    device: torch.device,
+    chat: Callable[..., LiveChat],
+    reporter: Reporter,
 ) -> tuple[LiveChat, LiveChat | None]:
     def answering(side: Side) -> Callable[..., LiveChat]:
         @cache
         def loaded() -> Any:
             reporter.note(f"loading {side.name}")
-            return side.load(device)
+            return backend.load(side, device)
 
-        return partial(chat, loaded, load_tokenizer(side.tokenizer), _identity(side))
+        return partial(chat, loaded, load_tokenizer(side.tokenizer), _identity(side, backend))
 
     model = answering(subject.model)
     if subject.apart is not None:
@@ -206,10 +214,11 @@ def _responders(
     return model(), model(bypassed=True) if subject.base else None
 
 
-def _identity(side: Side) -> str:
-    """Return the digest of what decides replies besides the template: weights, and where generation ends."""
+def _identity(side: Side, backend: Backend) -> str:
+    """Return the digest of what decides replies besides the template: weights, their end, who runs them."""
     files = (side.tokenizer / name for name in ("generation_config.json", "config.json"))
-    return digest_of(side.digest, *(file.read_text("utf-8") for file in files if file.is_file()))
+    read = [file.read_text("utf-8") for file in files if file.is_file()]
+    return digest_of(side.digest, *read, *([backend.label] if backend.label else []))
 
 
 def _keep(

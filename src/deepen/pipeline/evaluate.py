@@ -1,10 +1,11 @@
 """`deepen evaluate`: benchmarks, held-out loss and conversations of a model beside its base."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from deepen.config import Recipe, TextSet
 from deepen.errors import EvaluationError, OutputError
 from deepen.evaluation.suites import TaskSpec, task_specs
 from deepen.evaluation.suites.programs import program_scorers
+from deepen.pipeline.backend import Backend, find_backends
 from deepen.pipeline.chat import ChatJob, ChatSettings, chat_jobs, score_chat
 from deepen.pipeline.losses import score_subject
 from deepen.pipeline.reporter import Reporter, Silent
@@ -34,6 +36,8 @@ class Request:
         limit: documents of each task; None: all.
         batch_size: sequences in a forward pass; None: found, and 8 conversations.
         device: `auto`, `cpu`, `cuda` …
+        backend: `transformers`, or `vllm` for what is generated.
+        engine: arguments of vLLM's engine, such as `tensor_parallel_size`.
         allow_unprotected: the sandbox's sentence, to run model-written programs where nothing confines them.
         out: where results are kept; None: a run's own `evaluation/`, otherwise nowhere.
     """
@@ -48,6 +52,8 @@ class Request:
     limit: int | None = None
     batch_size: int | None = None
     device: str = "auto"
+    backend: str = "transformers"
+    engine: Mapping[str, Any] = field(default_factory=dict)
     allow_unprotected: str = ""
     out: Path | None = None
 
@@ -82,14 +88,15 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
         raise EvaluationError("nothing to evaluate: give --suite, --task, --text, --chat or --tools")
     jobs = chat_jobs(request.chat, request.allow_unprotected, reporter)
     _refuse_same_names(request, jobs, held)
-    subject = find_subject(request.target, request.base)
+    found = find_subject(request.target, request.base)
+    backends, subject = find_backends(request.backend, request.engine, found)
     device = choose_device(request.device)
     with _kept(request.out) as out:
         metrics = [*held, *score_subject(subject, _with_roles(request), out / "texts.json", device, reporter)]
         failures: list[str] = []
         if request.tasks:
-            found, failures = _task_metrics(subject, request, device, out, reporter)
-            metrics += found
+            scored, failures = _task_metrics(subject, request, backends, out, reporter)
+            metrics += scored
         if jobs:
             records, failed = score_chat(
                 jobs,
@@ -99,6 +106,7 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
                 device=device,
                 max_new_tokens=request.chat.max_new_tokens,
                 batch_size=request.batch_size,
+                backend=backends[0],
             )
             metrics += [metric for record in records for metric in record.metrics]
             failures += failed
@@ -163,13 +171,17 @@ def _of_run(request: Request) -> tuple[Request, list[Metric]]:
 
 
 def _task_metrics(
-    subject: Subject, request: Request, device: torch.device, out: Path, reporter: Reporter
+    subject: Subject, request: Request, backends: list[Backend], out: Path, reporter: Reporter
 ) -> tuple[list[Metric], list[str]]:
     # The harness takes seconds to import, and is an extra.
     from deepen.pipeline.tasks import TaskEvaluation, TaskSettings
 
     settings = TaskSettings(
-        local=request.local, limit=request.limit, batch_size=request.batch_size, device=device
+        local=request.local,
+        limit=request.limit,
+        batch_size=request.batch_size,
+        device=choose_device(request.device),
+        backends=backends,
     )
     tasks = TaskEvaluation(subject, settings, out, reporter, program_scorers(request.allow_unprotected))
     records, failures = tasks.run(list(request.tasks))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,14 @@ class Side:
         digest: of its tensors.
         tokenizer: directory its tokenizer lies in.
         load: loads it onto a device, in the precision of its files.
+        merge: how an ordinary checkpoint is made of it; None where `tokenizer` is the directory of one.
     """
 
     name: str
     digest: str
     tokenizer: Path
     load: Callable[[torch.device], Any]
+    merge: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,18 @@ def find_subject(target: str, base: str | None = None) -> Subject:
     return _of_checkpoint(target, base)
 
 
+def take_apart(subject: Subject) -> Subject:
+    """Return the subject with its base as a model of its own, for those who switch no new blocks off.
+
+    Raises:
+        CheckpointError: the base is not where the model says.
+    """
+    if subject.base is None or subject.apart is not None or subject.model.merge is not None:
+        return subject
+    where = _base_directory(subject.base, Path(subject.model.name))
+    return replace(subject, apart=_plain(subject.base, where))
+
+
 def _of_pack(pack: Path, base: str | None) -> Subject:
     opened = open_pack(pack)
     where = _base_directory(base or opened.expansion.base, pack)
@@ -96,6 +110,7 @@ def _of_pack(pack: Path, base: str | None) -> Subject:
         digest=digest.hexdigest(),
         tokenizer=where,
         load=lambda device: load(where, pack, device=device),
+        merge=f"deepen blocks merge {base or opened.expansion.base} {pack} OUT",
     )
     return Subject(model=model, base=base or opened.expansion.base, apart=None)
 
@@ -117,7 +132,13 @@ def _of_adapter(adapter: Path, base: str | None) -> Subject:
         pack = beneath if beneath / BLOCKS_NAME in files else None
         return PeftModel.from_pretrained(load(apart.tokenizer, pack, device=device), str(adapter)).eval()
 
-    model = Side(name=str(adapter), digest=digest, tokenizer=apart.tokenizer, load=load_adapted)
+    model = Side(
+        name=str(adapter),
+        digest=digest,
+        tokenizer=apart.tokenizer,
+        load=load_adapted,
+        merge="in Python, with peft: merge_and_unload() and save_pretrained()",
+    )
     return Subject(model=model, base=named, apart=apart)
 
 

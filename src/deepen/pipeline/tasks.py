@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deepen.evaluation.suites.pairing import item_lines, pair_task
 from deepen.evaluation.suites.scoring import Scorer, build_requests, score_task
 from deepen.evaluation.suites.spec import TaskSpec
 from deepen.model import bypass
+from deepen.pipeline.backend import TRANSFORMERS, Backend, name_backend
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.subject import Side, Subject, task_identity
 from deepen.pipeline.texts import load_tokenizer
@@ -36,19 +38,22 @@ class TaskSettings:
         limit: documents of each leaf task; None: all.
         batch_size: sequences in a forward pass; None: found.
         device: where the model computes.
+        backends: who may run the models; a task goes to the first that takes its kinds of requests.
     """
 
     local: Path | None = None
     limit: int | None = None
     batch_size: int | None = None
     device: torch.device
+    backends: Sequence[Backend] = (TRANSFORMERS,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """A task ready to be asked, the digest of its requests, and that of the models as well."""
+    """A task ready to be asked, who asks it, the digest of its requests, and that of the models as well."""
 
     task: LoadedTask
+    backend: Backend
     requests: str
     identity: str
 
@@ -57,7 +62,7 @@ class TaskEvaluation:
     """The tasks of one evaluation: what is finished lies in `out`, one record and one file of items each.
 
     A base that is a model of its own is loaded after the model has answered everything; until then the
-    model's answers wait in `out/waiting`.
+    model's answers wait in `out/waiting`. Each backend has its turn with all of its tasks.
     """
 
     def __init__(
@@ -78,18 +83,20 @@ class TaskEvaluation:
         """Evaluate every task that is not finished; return the records, and why others failed."""
         records: dict[str, TaskRecord] = {}
         failures: dict[str, str] = {}
-        for work in (self._model_answers, self._base_answers):
+        turns = product((self._model_answers, self._base_answers), self._settings.backends)
+        for work, backend in turns:
             for spec in specs:
                 if spec.label in records or spec.label in failures:
                     continue
                 try:
-                    if record := work(spec):
+                    if record := work(spec, backend):
                         records[spec.label] = record
                 except EvaluationError as error:
                     said = str(error)
                     failures[spec.label] = said if said.startswith(spec.label) else f"{spec.label}: {said}"
                     self._reporter.note(f"failed: {failures[spec.label]}")
             self._unload()
+            backend.release()
         finished = [spec for spec in specs if spec.label in records]
         compared = compare_tasks([records[spec.label] for spec in finished])
         for spec, record in zip(finished, compared, strict=True):
@@ -97,14 +104,16 @@ class TaskEvaluation:
                 self._write(spec, record)
         return compared, list(failures.values())
 
-    def _model_answers(self, spec: TaskSpec) -> TaskRecord | None:
+    def _model_answers(self, spec: TaskSpec, backend: Backend) -> TaskRecord | None:
         asked = self._prepare(spec)
+        if asked.backend is not backend:
+            return None
         if record := self._finished(spec, asked.identity):
             self._reporter.note("finished before; not rerun")
             return record
         if self._subject.apart is not None and self._waiting(spec, asked.identity):
             return None
-        live = self._loaded(self._subject.model)
+        live = self._loaded(self._subject.model, backend)
         model = self._score(asked.task, live, "")
         if self._subject.apart is not None:
             content = {"identity": asked.identity, "scored": model.model_dump(mode="json")}
@@ -117,13 +126,15 @@ class TaskEvaluation:
                 base = self._score(asked.task, live, "base")
         return self._keep(asked, model, base)
 
-    def _base_answers(self, spec: TaskSpec) -> TaskRecord:
+    def _base_answers(self, spec: TaskSpec, backend: Backend) -> TaskRecord | None:
         assert self._subject.apart is not None
         asked = self._prepare(spec)
+        if asked.backend is not backend:
+            return None
         model = self._waiting(spec, asked.identity)
         if model is None:
             raise EvaluationError(f"{spec.label}: what is asked changed while it was evaluated")
-        base = self._score(asked.task, self._loaded(self._subject.apart), "base")
+        base = self._score(asked.task, self._loaded(self._subject.apart, backend), "base")
         record = self._keep(asked, model, base)
         self._waiting_file(spec).unlink()
         with suppress(OSError):
@@ -134,15 +145,19 @@ class TaskEvaluation:
         self._reporter.stage(spec.label)
         loaded = self._library.load(spec)
         requests = build_requests(loaded, self._settings.limit)
-        identity = task_identity(self._subject, requests, f"{spec.label} {' '.join(spec.metrics)}")
-        return _Asked(task=loaded, requests=requests, identity=identity)
+        kinds = {request.request_type for task in loaded.tasks.values() for request in task.instances}
+        backend = next(each for each in self._settings.backends if each.takes(kinds))
+        label = f"{spec.label} {' '.join(spec.metrics)}" + (f" {backend.label}" if backend.label else "")
+        identity = task_identity(self._subject, requests, label)
+        return _Asked(task=loaded, backend=backend, requests=requests, identity=identity)
 
-    def _loaded(self, side: Side) -> LiveModel:
+    def _loaded(self, side: Side, backend: Backend) -> LiveModel:
         if self._live is None:
-            model = side.load(self._settings.device)
+            model = backend.load(side, self._settings.device)
             tokenizer = load_tokenizer(side.tokenizer)
+            rows = self._settings.batch_size or backend.rows
             with quiet_harness():
-                self._live = LiveModel(model, tokenizer, batch_size=self._settings.batch_size)
+                self._live = LiveModel(model, tokenizer, batch_size=rows)
         return self._live
 
     def _unload(self) -> None:
@@ -179,7 +194,7 @@ class TaskEvaluation:
             cut=model.cut,
             items=f"items/{spec.slug}.jsonl",
             seconds=round(self._seconds.get(spec.label, 0.0), 2),
-            provenance=capture_provenance(data={spec.label: asked.requests}),
+            provenance=capture_provenance(data={spec.label: asked.requests} | name_backend(asked.backend)),
         )
         (self._out / "items").mkdir(parents=True, exist_ok=True)
         write_file(self._out / record.items, "".join(item_lines(model, base)))

@@ -7,6 +7,7 @@ from deepen.records.continual import (
     SequenceCell,
     SequenceTaskRecord,
     TaskAnswers,
+    TraceDelta,
 )
 from deepen.records.effects import BlockEffects, EffectsRecord, TextEffect, TokenEffect
 from deepen.records.findings import FindingsRecord
@@ -84,6 +85,7 @@ __all__ = [
     "TextResult",
     "TokenEffect",
     "TokenShift",
+    "TraceDelta",
     "TrainingPoint",
     "WorthRecord",
     "capture_provenance",

@@ -76,6 +76,25 @@ class TaskAnswers(Record):
         return sum(self.scores) / len(self.scores)
 
 
+class TraceDelta(Record):
+    """One of TRACE's deltas: what a method's last model gained or lost beside the base.
+
+    Attributes:
+        name: `general ability`, `instruction following` or `safety`.
+        value: mean difference of the tasks' scores (0 to 1), or the share of answers that the judge prefers
+            less that of those it prefers the base's to; None: not measured.
+        low: lower end of its 95% interval over items.
+        high: upper end.
+        parts: the metrics it is made of.
+    """
+
+    name: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    parts: list[Metric] = Field(default_factory=list)
+
+
 class SequenceCell(Record):
     """One method and seed through the whole sequence.
 
@@ -95,6 +114,7 @@ class SequenceCell(Record):
         learned: cost of each task.
         general: held-out loss of general texts after the last task, beside the base's.
         general_course: text -> nats per token after each task.
+        deltas: TRACE's three, measured or not.
     """
 
     method: str
@@ -112,6 +132,7 @@ class SequenceCell(Record):
     learned: list[LearnedTask]
     general: list[Metric] = Field(default_factory=list)
     general_course: dict[str, list[float]] = Field(default_factory=dict)
+    deltas: list[TraceDelta] = Field(default_factory=list)
 
 
 class ContinualRecord(Record):

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
-from deepen.records import ContinualRecord, SequenceCell
+from deepen.records import ContinualRecord, SequenceCell, TraceDelta
 from deepen.report.svg import DOMAIN, INK, MUTED, Chart, chart
 from deepen.report.templates import render
 from deepen.report.write import write_page
@@ -36,6 +36,7 @@ def render_continual(record: ContinualRecord) -> str:
         score=score,
         signed=signed,
         general=mean_general,
+        delta=delta,
         total=lambda cell, name: sum(getattr(task, name) for task in cell.learned),
     )
 
@@ -90,6 +91,10 @@ def print_continual(record: ContinualRecord, console: Console) -> None:
     for cell in record.cells:
         table.add_row(*_cells(cell))
     console.print(table)
+    for cell in record.cells:
+        if cell.deltas:
+            said = "; ".join(f"{each.name} {delta(each)}" for each in cell.deltas)
+            console.print(f"{cell.method}, seed {cell.seed}: {said}", highlight=False, soft_wrap=True)
     for task in record.tasks:
         if task.prompts_cut or task.test_prompts_cut or task.answers_cut:
             said = (
@@ -118,6 +123,14 @@ def mean_general(cell: SequenceCell) -> float | None:
     """Return the mean change of general texts' losses from the base, nats per token: what was forgotten."""
     deltas: Sequence[float] = [metric.delta for metric in cell.general if metric.delta is not None]
     return fmean(deltas) if deltas else None
+
+
+def delta(each: TraceDelta) -> str:
+    """Write one of TRACE's deltas with its interval, or that it was not measured."""
+    if each.value is None:
+        return "not measured"
+    ends = f" ({signed(each.low)} to {signed(each.high)})" if each.low is not None else ""
+    return signed(each.value) + ends
 
 
 def score(value: float | None) -> str:

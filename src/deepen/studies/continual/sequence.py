@@ -34,7 +34,7 @@ _VERSION: Final = 1
 # What does not decide a result, or does so by rounding at most; methods, seeds and tasks come in apart.
 _HOW: Final = frozenset(
     {"base", "output", "trace", "tasks", "methods", "seeds", "template", "general", "micro_batch", "device"}
-    | {"keep", "answer_batch", "train_items", "test_items"}
+    | {"keep", "answer_batch", "train_items", "test_items", "deltas"}
 )
 ANSWERS: Final = "answers"
 GENERAL: Final = "general.json"

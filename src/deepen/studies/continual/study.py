@@ -17,13 +17,16 @@ from deepen.records import (
     Metric,
     SequenceCell,
     TaskAnswers,
+    TraceDelta,
     capture_provenance,
     read_record,
 )
 from deepen.records.transfer import backward_transfer, forward_transfer, overall_performance
 from deepen.report.continual import write_continual_report
 from deepen.studies.cells import Cell, Store
+from deepen.studies.continual.deltas import check_deltas, delta_cell, read_deltas
 from deepen.studies.continual.sequence import ANSWERS, GENERAL, TaskSequence
+from deepen.studies.continual.training import TRAINED
 from deepen.studies.engine import Outcome, Share, Slot, run_cells
 
 RECORD: Final = "study.json"
@@ -40,8 +43,24 @@ class ContinualStudy:
     store: Store
 
     def slots(self) -> list[Slot]:
-        """Return all places."""
-        return [Slot(name=cell.name, cell=cell) for cell in self.sequence.cells().values()]
+        """Return all places; deltas wait for the sequence that they are of."""
+        cells = self.sequence.cells()
+        places = [Slot(name=cell.name, cell=cell) for cell in cells.values()]
+        if self.recipe.deltas:
+            places += [self._deltas(cell) for (_, seed), cell in cells.items() if seed is not None]
+        return places
+
+    def deltas(self, learned: Cell) -> Cell:
+        """Return the cell of the deltas of a method's finished one."""
+        tasks = self.sequence.tasks
+        trained = self.store.directory(learned) / f"{len(tasks)}-{tasks[-1].name}" / TRAINED
+        return delta_cell(self.recipe, learned, trained, self.sequence.base)
+
+    def _deltas(self, learned: Cell) -> Slot:
+        name = f"{learned.name}-deltas"
+        if self.store.finished(learned) is None:
+            return Slot(name=name, cell=None, waits_for=learned.name)
+        return Slot(name=name, cell=self.deltas(learned))
 
 
 def open_continual(path: Path, out: Path | None = None, overrides: Sequence[str] = ()) -> ContinualStudy:
@@ -53,6 +72,7 @@ def open_continual(path: Path, out: Path | None = None, overrides: Sequence[str]
     recipe = load_document(path, ContinualRecipe, overrides)
     study = ContinualStudy(recipe, TaskSequence(recipe), Store(out or Path(recipe.output)))
     study.slots()
+    check_deltas(recipe.deltas, study.sequence.tokenizer)
     return study
 
 
@@ -62,8 +82,7 @@ def compute_continual(study: ContinualStudy, share: Share, reporter: Reporter) -
     Raises:
         DeepenError: a cell cannot be computed; what is finished stays, task by task.
     """
-    slots = study.slots()
-    outcome = run_cells(study.store, lambda _: slots, share, reporter)
+    outcome = run_cells(study.store, lambda _: study.slots(), share, reporter)
     reporter.stage("writing the table")
     record = collect_continual(study)
     write_file(study.store.study / RECORD, record.model_dump_json(indent=1) + "\n")
@@ -89,18 +108,19 @@ def collect_continual(study: ContinualStudy) -> ContinualRecord:
         tasks=[task.record for task in study.sequence.tasks],
         base_scores=scores,
         cells=[
-            _sequence_cell(store, cell, method, seed, names, scores)
+            _sequence_cell(study, cell, method, seed, names, scores)
             for (method, seed), cell in finished.items()
             if base and seed is not None
         ],
-        missing=[cell.name for cell in cells.values() if store.finished(cell) is None],
+        missing=[slot.name for slot in study.slots() if not (slot.cell and store.finished(slot.cell))],
         provenance=capture_provenance(),
     )
 
 
 def _sequence_cell(
-    store: Store, cell: Cell, method: str, seed: int, names: Sequence[str], base: Sequence[float]
+    study: ContinualStudy, cell: Cell, method: str, seed: int, names: Sequence[str], base: Sequence[float]
 ) -> SequenceCell:
+    store = study.store
     directory = store.directory(cell)
     places = [directory / f"{number + 1}-{name}" for number, name in enumerate(names)]
     rows = [_answers(place, names[: number + 1]) for number, place in enumerate(places)]
@@ -129,7 +149,14 @@ def _sequence_cell(
         general_course={
             metric.task: [each[number].value for each in general] for number, metric in enumerate(general[-1])
         },
+        deltas=_measured(study, cell),
     )
+
+
+def _measured(study: ContinualStudy, learned: Cell) -> list[TraceDelta]:
+    """Return the three deltas of a method, without values as far as they are not measured."""
+    record = study.store.finished(study.deltas(learned)) if study.recipe.deltas else None
+    return read_deltas(record.result["deltas"] if record else [])
 
 
 def _answers(place: Path, names: Sequence[str]) -> list[TaskAnswers]:
