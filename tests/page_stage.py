@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from contextlib import chdir
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from tiny_run import sentences, write_base
 
 from deepen.cli import main
 
-# New blocks are at 4, 9 and 14, as in Llama 2 with one to four; its 32 blocks only where a page counts them.
-BLOCKS, NEW = 12, 3
+# With three new ones these are at 4, 9 and 14, as of Llama 2's 32 with eight.
+BLOCKS = 12
 HUB_IDS = ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf")
 _TOY = {
     **{"sequence_length": 32, "tokens": 128, "batch_tokens": 64, "batch": 2, "epochs": 0.1, "heldout": 0.3},
@@ -32,7 +34,7 @@ _TOY = {
 _RUN = """
 base: base
 output: run
-expand: {blocks: NEW}
+expand: {blocks: 3}
 data: {sequence_length: 32, heldout: 0.3, sources: [{path: train.jsonl}]}
 train: {tokens: 128, batch_tokens: 64, learning_rate: 1e-2}
 evaluate: {general: [{path: general.jsonl}], max_tokens: 400}
@@ -80,18 +82,13 @@ def write_chat(path: Path) -> None:
     path.write_text(json.dumps(rows) if path.suffix == ".json" else many)
 
 
-def lengthen(config: Path) -> None:
-    """Give a model the context of Llama 2, for what is only planned."""
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 4096}))
-
-
 class Theatre:
     """What all pages share, made once: a base and a finished run of it."""
 
     def __init__(self, root: Path, blocks: int = BLOCKS) -> None:
         # Answers may be half as long as the context.
         self.base = write_base(root / "base", blocks=blocks, max_position_embeddings=96)
-        self.root, self.new = root, blocks * NEW // BLOCKS
+        self.root = root
 
     @property
     def run(self) -> Path:
@@ -99,9 +96,15 @@ class Theatre:
         if not run.exists():
             for name in ("train.jsonl", "general.jsonl"):
                 write_text(self.root / name)
-            (self.root / "recipe.yaml").write_text(_RUN.replace("NEW", str(self.new)))
-            assert main(["run", "recipe.yaml"]) == 0
+            (self.root / "recipe.yaml").write_text(_RUN)
+            with chdir(self.root):
+                assert main(["run", "recipe.yaml"]) == 0
         return run
+
+    @cached_property
+    def shallow(self) -> Path:
+        """A model with the context of Llama 2, which is only planned."""
+        return write_base(self.root / "shallow", blocks=4, max_position_embeddings=4096)
 
 
 class Stage:
@@ -112,13 +115,10 @@ class Stage:
         for name in ("recipes", "examples", "studies", "constraints.txt"):
             (root / name).symlink_to(ROOT / name)
         shutil.copytree(theatre.base, root / "base")
-        for hub_id in HUB_IDS:
-            self._put_into_the_hub_cache(hub_id)
 
     def _put_into_the_hub_cache(self, hub_id: str) -> None:
         place = self.root / "hub" / f"models--{hub_id.replace('/', '--')}"
-        shutil.copytree(self.theatre.base, place / "snapshots" / "0")
-        lengthen(place / "snapshots" / "0" / "config.json")
+        shutil.copytree(self.theatre.shallow, place / "snapshots" / "0")
         (place / "refs").mkdir()
         (place / "refs" / "main").write_text("0")
 
@@ -126,6 +126,7 @@ class Stage:
         """Write a block of the page; a recipe at toy size, with the texts that it names."""
         if name.endswith((".yaml", ".yml")):
             content = self._toy(yaml.safe_load(text), "", chat=False)
+            self._provide_model(str(content.get("base", "")))
             self.outputs.add(str(content.get("output")))
             text = yaml.safe_dump(content)
         (self.root / name).write_text(text)
@@ -137,6 +138,13 @@ class Stage:
         if isinstance(node, list):
             return [self._toy(each, key, chat=chat) for each in node]
         if not isinstance(node, dict):
+            return node
+        if node.get("kind") == "multiple_choice":
+            rows = [
+                {"query": f"{n} or {n + 1}?", "choices": [f"{n}", f"{n + 1}"], "gold": n % 2}
+                for n in range(8)
+            ]
+            (self.root / node["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
             return node
         if "hub" in node:
             name = node["hub"].rsplit("/", 1)[-1]
@@ -162,16 +170,19 @@ class Stage:
     def _provide_model(self, word: str) -> None:
         run = re.match(r"runs/[\w-]+", word)
         target = self.root / (run[0] if run else word)
-        if target.exists() or target.is_symlink() or (run and run[0] in self.outputs):
+        if not word or target.exists() or target.is_symlink() or (run and run[0] in self.outputs):
             return
         if run:
             shutil.copytree(self.theatre.run, target)
         elif re.fullmatch(r"path/to/llama|BASE", word):
             shutil.copytree(self.theatre.base, target)
-        elif re.fullmatch(r"packs?/\w+|PACK|pack", word):
+        elif word in HUB_IDS:
+            self._put_into_the_hub_cache(word)
+        elif re.fullmatch(r"packs/\w+|PACK", word):
             shutil.copytree(self.theatre.run / "blocks", target)
         elif re.fullmatch(r"(expanded|other)/", word):
             shutil.copytree(self.theatre.run / "model", target)
         elif word == "config.json":
-            shutil.copy(self.theatre.base / word, target)
-            lengthen(target)
+            shutil.copy(self.theatre.shallow / word, target)
+        elif word == "recipe.yaml":
+            self.write_file(word, _RUN)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,15 @@ def test_the_readme_quotes_the_records():
     assert load_generate().readme() == readme, "README.md: run python docs/generate.py"
 
 
+def test_the_table_of_rates_is_the_record():
+    losses = json.loads((ROOT / "studies" / "demo_rates" / "record.json").read_text())["losses"]
+    shown = re.findall(r"^\| (0\.\d+) \|(.*)\|$", (DOCS / "layout-and-rate.md").read_text(), re.MULTILINE)
+    assert {rate for rate, _ in shown} == {name.split("-")[1] for name in losses if name.startswith("full")}
+    for rate, cells in shown:
+        rows = [losses[f"{row}-{rate}"] for row in ("full", "blocks")]
+        assert cells.split("|") == [f" {row[text]:.3f} " for row in rows for text in ("docstrings", "tuning")]
+
+
 def test_generated_pages_are_up_to_date():
     for name, content in load_generate().pages().items():
         assert (DOCS / name).read_text() == content, f"docs/{name}: run python docs/generate.py"
@@ -140,10 +150,42 @@ def test_internal_links_resolve(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_chinese_readme_has_the_same_commands():
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_chinese_page_has_the_same_commands(page):
     def commands(name):
-        text = (ROOT / name).read_text()
-        blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        blocks = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
         return [(kind, re.sub(r" +# .*$", "", block, flags=re.MULTILINE)) for kind, block in blocks]
 
-    assert commands("README.zh-CN.md") == commands("README.md")
+    assert commands(page.replace(".md", ".zh-CN.md")) == commands(page)
+
+
+def _commented(path: Path) -> str:
+    """The commands in the comments of an example or a recipe."""
+    lines = path.read_text().replace("\\\n", " ").splitlines()
+    found = [
+        line.strip("# ").split("   ")[0]
+        for line in lines
+        if re.match(r"# {2,}(RUN=|deepen |torchrun )", line)
+    ]
+    return "\n".join(found)
+
+
+FILES = sorted([*(ROOT / "examples").glob("*"), *(ROOT / "recipes").rglob("*.yaml")])
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in FILES if p.is_file()]
+)
+def test_examples_and_recipes_say_commands_that_exist(path):
+    if path.parent.name == "examples":
+        assert len(path.read_text().splitlines()) < 80
+    text = _commented(path)
+    if path.suffix == ".sh":
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        text += "\n" + re.sub(r"^ *#.*\n", "", path.read_text(), flags=re.MULTILINE)
+    if path.suffix == ".py":
+        compile(path.read_text(), str(path), "exec")
+    for words, _ in shell_commands(text):
+        rest = after_deepen(words)
+        if rest is not None:
+            parse_command([re.sub(r"^\$\w+$|^\$\{.*\}$", "baselines", word) for word in rest])

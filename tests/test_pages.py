@@ -1,14 +1,14 @@
-"""What the pages say runs: every command and every Python block, page by page, at toy size, or a mark says why not."""
+"""What the pages say runs, at toy size: every command and Python block, but for what is marked."""
 
 import io
+import re
 import subprocess
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import yaml
 from page_blocks import (
-    PAGES,
     ROOT,
     SHELLS,
     Block,
@@ -19,21 +19,26 @@ from page_blocks import (
 from page_stage import Stage, Theatre
 
 from deepen.cli import main
-from deepen.config import BaselinesRecipe, ContinualRecipe, KnowledgeRecipe, Recipe, load_document
+from deepen.config import (
+    AblationRecipe,
+    BaselinesRecipe,
+    ContinualRecipe,
+    KnowledgeRecipe,
+    Recipe,
+    load_document,
+)
 from deepen.evaluation.suites import own_task, spec
 
 PYTHON = ("python", "py")
 BLOCKS = read_blocks(*SHELLS, *PYTHON, "yaml")
-# Chinese pages say the commands of the English ones, which test_docs.py holds them to.
-STAGED = [
-    page
-    for page in PAGES
-    if not page.stem.endswith("zh-CN")
-    and any(
-        block.page == page and (block.language != "yaml" or block.file) and not block.why_not_run()
+# (page, whether its Python or its commands). Chinese pages say the same: see test_docs.py.
+STAGED = sorted(
+    {
+        (block.page, block.language in PYTHON)
         for block in BLOCKS
-    )
-]
+        if block.language != "yaml" and not block.why_not_run() and not block.page.stem.endswith("zh-CN")
+    }
+)
 
 
 def name(page: Path) -> str:
@@ -46,17 +51,27 @@ def theatres(tmp_path_factory):
 
 
 @pytest.fixture
-def stage(page, theatres, tmp_path, monkeypatch):
-    theatre = theatres(32 if "plan_layout(32" in page.read_text() else 12)
+def play(theatres, tmp_path, monkeypatch):
+    """Run the blocks of a page in one directory, in their order."""
     monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(theatre.root)
-    assert theatre.run
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return Stage(tmp_path, theatre)
+    monkeypatch.chdir(tmp_path)
+
+    def run(blocks: list[Block], run_block) -> None:
+        deep = any("plan_layout(32" in block.text for block in blocks)
+        stage = Stage(tmp_path, theatres(32 if deep else 12))
+        for block in blocks:
+            if block.file:
+                stage.write_file(block.file, block.text)
+        for block in blocks:
+            run_block(block, stage)
+
+    return run
 
 
 def run_shell(block: Block, stage: Stage, monkeypatch) -> None:
+    if block.language not in SHELLS:
+        return
     for words, reads in shell_commands(block.text):
         given = after_deepen(words)
         if given is None or block.why_not_run(" ".join(words)):
@@ -67,18 +82,23 @@ def run_shell(block: Block, stage: Stage, monkeypatch) -> None:
         assert main(given) == 0, " ".join(words)
 
 
-@pytest.mark.parametrize("page", STAGED, ids=name)
-def test_what_a_page_says_runs(page, stage, monkeypatch):
-    names, blocks = {}, [block for block in BLOCKS if block.page == page and not block.why_not_run()]
-    for block in blocks:
-        if block.file:
-            stage.write_file(block.file, block.text)
-    for block in blocks:
+@pytest.mark.parametrize("page", [page for page, python in STAGED if not python], ids=name)
+def test_the_commands_of_a_page_run(page, play, monkeypatch):
+    blocks = [block for block in BLOCKS if block.page == page and block.language not in PYTHON]
+    play([block for block in blocks if not block.why_not_run()], partial(run_shell, monkeypatch=monkeypatch))
+
+
+@pytest.mark.parametrize("page", [page for page, python in STAGED if python], ids=name)
+def test_the_python_of_a_page_runs(page, play):
+    names = {}
+
+    def run_python(block: Block, stage: Stage) -> None:
+        stage.provide(re.findall(r'"([\w./-]+)"', block.given + block.text))
         exec(block.given, names)
-        if block.language in SHELLS:
-            run_shell(block, stage, monkeypatch)
-        elif block.language in PYTHON:
-            exec(compile(block.text, f"{page}:{block.line}", "exec"), names)
+        exec(compile(block.text, f"{page}:{block.line}", "exec"), names)
+
+    blocks = [block for block in BLOCKS if block.page == page and block.language in PYTHON]
+    play([block for block in blocks if not block.why_not_run()], run_python)
 
 
 @pytest.mark.parametrize("block", [pytest.param(b, id=f"{name(b.page)}:{b.line}") for b in BLOCKS])
@@ -94,18 +114,20 @@ def test_marks_are_of_use(block):
 KINDS = {
     "role": spec._Suite,
     "kind": own_task.OwnTask,
+    "counts": AblationRecipe,
     "domains": BaselinesRecipe,
     "also": KnowledgeRecipe,
     "tasks": ContinualRecipe,
     "trace": ContinualRecipe,
 }
+METHOD = {"name": "a", "method": "full", "learning_rate": 1e-3}
 # A whole one of each kind that pages show parts of.
 WHOLE = {
     ContinualRecipe: {
         "base": "b",
         "output": "o",
         "sequence_length": 64,
-        "methods": [{"name": "a", "method": "full"}],
+        "methods": [METHOD],
     },
     Recipe: {
         **{"base": "b", "output": "o", "expand": {"blocks": 2}},
