@@ -159,6 +159,13 @@ class Stage:
             if name not in ("suites", "format")
         }
 
+    def shrink(self, words: list[str]) -> list[str]:
+        """A command with what it sets at toy size, too."""
+        sizes = "|".join(_TOY)
+        return [
+            re.sub(rf"((?:\w+\.)*({sizes}))=.*", lambda m: f"{m[1]}={_TOY[m[2]]}", word) for word in words
+        ]
+
     def provide(self, words: list[str]) -> None:
         """Put in place what a command reads and nothing on the page has made."""
         for option, value in zip(["", *words], words, strict=False):

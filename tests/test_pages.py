@@ -79,7 +79,7 @@ def run_shell(block: Block, stage: Stage, monkeypatch) -> None:
         stage.provide(given)
         said = subprocess.run(reads, capture_output=True, text=True, check=True).stdout if reads else ""
         monkeypatch.setattr("sys.stdin", io.StringIO(said))
-        assert main(given) == 0, " ".join(words)
+        assert main(stage.shrink(given)) == 0, " ".join(words)
 
 
 @pytest.mark.parametrize("page", [page for page, python in STAGED if not python], ids=name)
