@@ -1,6 +1,7 @@
 """A directory in which what a page says can run: stand-ins for its models, runs and texts, at toy size."""
 
 import json
+import random
 import re
 import shutil
 from contextlib import chdir
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from page_blocks import ROOT
-from tiny_run import sentences, write_base
+from tiny_run import WORDS, write_base
 
 from deepen.cli import main
 
@@ -42,14 +43,13 @@ merge: true
 """
 
 
-def records(count: int = 30) -> list[dict[str, str]]:
-    """Records that hold a text under each of the keys that pages name."""
+def records(seed: str, count: int = 30) -> list[dict[str, str]]:
+    """Records that hold a text under each of the keys that pages name; no two files share 13 words in a row."""
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices(WORDS, k=40)) + "." for _ in range(count)]
     return [
-        {
-            **dict.fromkeys(("text", "content", "code"), text),
-            **{"instruction": text[:30], "output": text[30:60]},
-        }
-        for text in sentences(0, count // 2) + sentences(3, count - count // 2)
+        {**dict.fromkeys(("text", "content", "code"), text), "instruction": text[:30], "output": text[30:60]}
+        for text in texts
     ]
 
 
@@ -62,7 +62,7 @@ def write_text(path: Path) -> None:
         write_text(path / "part.txt")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = records()
+    rows = records(path.name)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".jsonl":
@@ -76,7 +76,7 @@ def write_text(path: Path) -> None:
 def write_chat(path: Path) -> None:
     """Write conversations in Alpaca's form."""
     path = path if path.suffix else path.with_suffix(".jsonl")
-    rows = [{"instruction": row["text"][:30], "output": row["text"][30:60]} for row in records()]
+    rows = [{key: row[key] for key in ("instruction", "output")} for row in records(path.name)]
     path.parent.mkdir(parents=True, exist_ok=True)
     many = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(json.dumps(rows) if path.suffix == ".json" else many)
@@ -118,6 +118,8 @@ class Stage:
 
     def _put_into_the_hub_cache(self, hub_id: str) -> None:
         place = self.root / "hub" / f"models--{hub_id.replace('/', '--')}"
+        if place.exists():
+            return
         shutil.copytree(self.theatre.shallow, place / "snapshots" / "0")
         (place / "refs").mkdir()
         (place / "refs" / "main").write_text("0")

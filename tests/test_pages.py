@@ -82,7 +82,18 @@ def run_shell(block: Block, stage: Stage, monkeypatch) -> None:
         assert main(stage.shrink(given)) == 0, " ".join(words)
 
 
-@pytest.mark.parametrize("page", [page for page, python in STAGED if not python], ids=name)
+# Each of these takes ten seconds or more of a core, most of them for `deepen plan`.
+SLOW = {f"docs/{page}.md" for page in ("plan", "layout-and-rate", "one-gpu", "eight-gpus", "how-much-data")}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (name(page) in SLOW))
+        for page, python in STAGED
+        if not python
+    ],
+)
 def test_the_commands_of_a_page_run(page, play, monkeypatch):
     blocks = [block for block in BLOCKS if block.page == page and block.language not in PYTHON]
     play([block for block in blocks if not block.why_not_run()], partial(run_shell, monkeypatch=monkeypatch))
