@@ -44,7 +44,7 @@ merge: true
 
 
 def records(seed: str, count: int = 30) -> list[dict[str, str]]:
-    """Records that hold a text under each of the keys that pages name; no two files share 13 words in a row."""
+    """Records that hold a text under each of the keys that pages name; files share no 13 words in a row."""
     draw = random.Random(seed)
     texts = [" ".join(draw.choices(WORDS, k=40)) + "." for _ in range(count)]
     return [
