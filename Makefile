@@ -7,13 +7,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCKED := pyproject.toml constraints.txt
+# In an environment of their own: cyclonedx-bom wants an older chardet than lm-eval.
+RELEASE_TOOLS := build==1.6.1 twine==7.0.0 cyclonedx-bom==7.5.0
 
 # `make demo` needs the core alone; where the development tools are installed already, they include it.
 CORE := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.core)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format snapshots bench docs lock clean
+.PHONY: help demo test test-slow check format snapshots bench docs release-check lock clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +50,20 @@ docs: $(VENV)/.docs ## write the generated pages and build the documentation int
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+release-check: ## build wheel and sdist, try the wheel in an empty environment, write the SBOM; all into dist/
+	rm -rf dist $(VENV)-release $(VENV)-empty
+	$(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install --quiet $(RELEASE_TOOLS)
+	$(VENV)-release/bin/python -m build
+	$(VENV)-release/bin/twine check --strict dist/*.whl dist/*.tar.gz
+	$(PYTHON) -m venv $(VENV)-empty
+	$(VENV)-empty/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	$(VENV)-release/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+	  --output-file dist/sbom.cdx.json $(VENV)-empty/bin/python
+	cd dist && ../$(VENV)-empty/bin/deepen --version
+	cd dist && HF_HUB_OFFLINE=1 ../$(VENV)-empty/bin/deepen demo --out $(CURDIR)/$(VENV)-empty/demo
+	rm -rf $(VENV)-release $(VENV)-empty
+
 lock: ## write constraints.txt anew from the newest versions pyproject.toml allows
 	$(PYTHON) -m venv --clear $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip --quiet install torch==$(TORCH) '.[dev,docs]'
@@ -58,7 +74,7 @@ lock: ## write constraints.txt anew from the newest versions pyproject.toml allo
 	rm -rf $(VENV)-lock
 
 clean: ## remove the environment, caches and the built site; runs and demos stay
-	rm -rf $(VENV) $(VENV)-lock site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-release $(VENV)-empty dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find src tests docs benchmarks studies -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

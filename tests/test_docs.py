@@ -1,20 +1,30 @@
-"""The documentation cannot drift: its commands parse, its code runs, its generated pages and links hold."""
+"""The documentation cannot drift: its commands parse, its generated pages and links hold."""
 
 import json
 import re
-import shlex
-from collections.abc import Iterator
+import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import typer
 import yaml
+from page_blocks import (
+    DOCS,
+    FENCE,
+    PAGES,
+    ROOT,
+    SHELLS,
+    Block,
+    after_deepen,
+    find_command,
+    parse_command,
+    read_blocks,
+    shell_commands,
+)
 from test_surface import load_generate
 
 import deepen
-from deepen import cli
-from deepen.config import load_recipe, parse_recipe
+from deepen.config import load_recipe
 from deepen.expansion import Expansion
 from deepen.records import (
     AuditResult,
@@ -30,79 +40,34 @@ from deepen.records import (
     TrainingPoint,
 )
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGES = [
-    ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md")
-] + sorted(DOCS.rglob("*.md"))
-FENCE = re.compile(r"(<!-- run -->\n+)?^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-
-
-class Block(NamedTuple):
-    """A fenced block; `run` where `<!-- run -->` stands above it."""
-
-    page: Path
-    line: int
-    text: str
-    run: bool
-
-
-def blocks(*languages: str) -> list[Block]:
-    return [
-        Block(page, content.count("\n", 0, match.start(3)) + 1, match[3], bool(match[1]))
-        for page in PAGES
-        for content in [page.read_text()]
-        for match in FENCE.finditer(content)
-        if match[2] in languages
-    ]
-
 
 def named(found: list[Block]) -> list:
     return [pytest.param(block, id=f"{block.page.relative_to(ROOT)}:{block.line}") for block in found]
 
 
-def shell_commands(text: str) -> Iterator[list[str]]:
-    """The simple commands of a script, as words."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.removeprefix("$ "), comments=True)
-        start = 0
-        for end in [*(i for i, word in enumerate(words) if word in ("&&", "||", "|", ";")), len(words)]:
-            part = words[start:end]
-            while part and re.match(r"\w+=", part[0]):
-                part = part[1:]
-            if part:
-                yield part
-            start = end + 1
-
-
-def find_command(words: list[str]):
-    """Return (command, its name, what follows) for the words after `deepen`."""
-    command, name = typer.main.get_command(cli._root), "deepen"
-    while hasattr(command, "list_commands") and words and not words[0].startswith("-"):
-        name, *words = words
-        child = command.get_command(command.make_context("deepen", [], resilient_parsing=True), name)
-        assert child, f"no command {name}"
-        command = child
-    return command, name, words
-
-
-@pytest.mark.parametrize("block", named(blocks("bash", "sh", "console", "shell")))
+@pytest.mark.parametrize("block", named(read_blocks(*SHELLS)))
 def test_shell_blocks_say_commands_that_exist(block):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for program, *words in shell_commands(block.text):
+    for (program, *words), _ in shell_commands(block.text):
         if program == "make":
             assert {word for word in words if "=" not in word and word[0] != "-"} <= targets
-        if program.rsplit("/", 1)[-1] == "deepen" and not {"--help", "-h"} & set(words):
-            command, name, rest = find_command(words)
-            command.make_context(name, rest)  # raises where an option or argument does not exist
+        if program == "python" and words[0].endswith(".py"):
+            assert (ROOT / words[0]).is_file()
+        rest = after_deepen([program, *words])
+        if rest is not None:
+            parse_command(rest)
 
 
 def test_a_wrong_command_is_noticed():
     with pytest.raises(AssertionError, match="no command exapnd"):
-        find_command(["exapnd", "a", "b"])
-    command, name, rest = find_command(["expand", "a", "b", "--bloks", "8"])
+        parse_command(["exapnd", "a", "b"])
     with pytest.raises(typer.TyperException, match="--bloks"):
-        command.make_context(name, rest)
+        parse_command(["expand", "a", "b", "--bloks", "8"])
+    [_, (words, _)] = shell_commands(
+        "make demo && torchrun --nproc-per-node 8 -m deepen run recipe.yaml --resum"
+    )
+    with pytest.raises(typer.TyperException, match="--resum"):
+        parse_command(after_deepen(words))
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
@@ -112,32 +77,6 @@ def test_commands_named_in_the_text_exist(page):
         command, _, rest = find_command(words)
         known = {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
         assert {word.split("=")[0] for word in rest if word.startswith("--")} <= known, said
-
-
-@pytest.mark.parametrize("block", named(blocks("python", "py")))
-def test_python_blocks_compile(block):
-    compile(block.text, f"{block.page}:{block.line}", "exec")
-
-
-RUN = [block for block in blocks("python", "py") if block.run]
-
-
-def test_some_python_blocks_run():
-    assert RUN
-
-
-@pytest.mark.parametrize("page", sorted({block.page for block in RUN}), ids=lambda page: page.name)
-def test_python_blocks_marked_so_run(page, tiny_llama, tmp_path, monkeypatch):
-    tiny_llama("base")
-    monkeypatch.chdir(tmp_path)
-    for block in RUN:
-        if block.page == page:
-            exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
-
-
-@pytest.mark.parametrize("block", named([b for b in blocks("yaml") if b.text.startswith("base:")]))
-def test_recipes_are_valid(block):
-    parse_recipe(block.text)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
@@ -150,13 +89,22 @@ def test_the_readme_quotes_the_records():
     assert load_generate().readme() == readme, "README.md: run python docs/generate.py"
 
 
+def test_the_table_of_rates_is_the_record():
+    losses = json.loads((ROOT / "studies" / "demo_rates" / "record.json").read_text())["losses"]
+    shown = re.findall(r"^\| (0\.\d+) \|(.*)\|$", (DOCS / "layout-and-rate.md").read_text(), re.MULTILINE)
+    assert {rate for rate, _ in shown} == {name.split("-")[1] for name in losses if name.startswith("full")}
+    for rate, cells in shown:
+        rows = [losses[f"{row}-{rate}"] for row in ("full", "blocks")]
+        assert cells.split("|") == [f" {row[text]:.3f} " for row in rows for text in ("docstrings", "tuning")]
+
+
 def test_generated_pages_are_up_to_date():
     for name, content in load_generate().pages().items():
         assert (DOCS / name).read_text() == content, f"docs/{name}: run python docs/generate.py"
 
 
 def test_the_example_of_expansion_json_is_one():
-    (block,) = [block for block in blocks("json") if "new_blocks" in block.text]
+    (block,) = [block for block in read_blocks("json") if "new_blocks" in block.text]
     Expansion.model_validate(json.loads(block.text))
 
 
@@ -202,10 +150,42 @@ def test_internal_links_resolve(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_chinese_readme_has_the_same_commands():
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_chinese_page_has_the_same_commands(page):
     def commands(name):
-        text = (ROOT / name).read_text()
-        blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        blocks = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
         return [(kind, re.sub(r" +# .*$", "", block, flags=re.MULTILINE)) for kind, block in blocks]
 
-    assert commands("README.zh-CN.md") == commands("README.md")
+    assert commands(page.replace(".md", ".zh-CN.md")) == commands(page)
+
+
+def _commented(path: Path) -> str:
+    """The commands in the comments of an example or a recipe."""
+    lines = path.read_text().replace("\\\n", " ").splitlines()
+    found = [
+        line.strip("# ").split("   ")[0]
+        for line in lines
+        if re.match(r"# {2,}(RUN=|deepen |torchrun )", line)
+    ]
+    return "\n".join(found)
+
+
+FILES = sorted([*(ROOT / "examples").glob("*"), *(ROOT / "recipes").rglob("*.yaml")])
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in FILES if p.is_file()]
+)
+def test_examples_and_recipes_say_commands_that_exist(path):
+    if path.parent.name == "examples":
+        assert len(path.read_text().splitlines()) < 80
+    text = _commented(path)
+    if path.suffix == ".sh":
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        text += "\n" + re.sub(r"^ *#.*\n", "", path.read_text(), flags=re.MULTILINE)
+    if path.suffix == ".py":
+        compile(path.read_text(), str(path), "exec")
+    for words, _ in shell_commands(text):
+        rest = after_deepen(words)
+        if rest is not None:
+            parse_command([re.sub(r"^\$\w+$|^\$\{.*\}$", "baselines", word) for word in rest])

@@ -61,9 +61,9 @@ _root = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from deepen.cli.version import describe_version
 
-        print(f"deepen {version('deepen')}")
+        print(f"deepen {describe_version()}")
         raise typer.Exit()
 
 
