@@ -6,7 +6,8 @@ from typing import Final
 
 from deepen.errors import CheckpointError
 from deepen.expansion.base_files import WrittenFile
-from deepen.expansion.plan import FLOATS, Base, Copy, Fill, Plan, PlannedFile, PlannedTensor
+from deepen.expansion.plan import FLOATS, Base, Plan, PlannedFile, PlannedTensor
+from deepen.expansion.sources import Source
 
 ROWS_PREFIX: Final = "new_rows."
 """What the name of a table is preceded by where a block pack holds its last rows."""
@@ -31,7 +32,7 @@ class Tables:
 class Run:
     """So many bytes from somewhere."""
 
-    source: Copy | Fill
+    source: Source
     length: int
 
 

@@ -37,3 +37,6 @@ class Mean:
     first: Tensor
     second: Tensor
     order: Callable[[], tuple[int, Any]] | None = None
+
+
+Source = Copy | Fill | Mean
