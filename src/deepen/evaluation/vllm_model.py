@@ -7,6 +7,7 @@ its base are two engines. One is alive at a time, since each takes most of a GPU
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -185,12 +186,11 @@ def _given(value: Any, otherwise: float) -> Any:
 
 def _package() -> Any:
     try:
-        import vllm
+        return import_module("vllm")
     except ImportError:
         raise EvaluationError(
             "--backend vllm: vLLM is not installed\npip install vllm, or use --backend transformers"
         ) from None
-    return vllm
 
 
 def _said(error: BaseException) -> str:

@@ -36,7 +36,7 @@ class Backend(Protocol):
 
 class _Transformers:
     label = ""
-    rows = None
+    rows: int | None = None
 
     def takes(self, kinds: Set[str]) -> bool:
         return True
@@ -51,7 +51,7 @@ class _Transformers:
 
 class _Vllm:
     # It chooses the size of its batches itself.
-    rows = 4096
+    rows: int | None = 4096
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         from deepen.evaluation.vllm_model import VllmEngines
