@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from deepen.errors import FamilyError, LayoutError
 from deepen.expansion.layout import Layout
-from deepen.expansion.manifest import Fingerprint
+from deepen.expansion.manifest import Expansion, Fingerprint
 from deepen.expansion.stages import describe_expansion
 from deepen.families import Family
 from deepen.families.names import generic
@@ -19,6 +19,7 @@ from deepen.model.quantised import fill_from_files, unpacked_files
 from deepen.model.state import (
     NEW,
     Attached,
+    State,
     active_expansion,
     base_state,
     find_state,
@@ -69,9 +70,7 @@ def insert_blocks(
         raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
     if name in state.packs:
         raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
-    below = active_expansion(model, state.below) if state.below else None
-    if below and below.new_rows:
-        raise LayoutError("the model's new blocks brought rows of new tokens: merge them, then expand")
+    below = _record_below(model, state)
     _check_fillable(blocks, family)
     files = unpacked_files(model)
     reordered_config(model, family, state.config, layout.origins)
@@ -105,6 +104,14 @@ def _inside(name: str, names: FileNames) -> str:
             f"tensor {name!r} of a block has no place in the {names.family.name} family's blocks"
         )
     return place[1]
+
+
+def _record_below(model: PreTrainedModel, state: State) -> Expansion | None:
+    """Return the record of the base, where that was expanded itself."""
+    below = active_expansion(model, state.below) if state.below else None
+    if below and below.new_rows:
+        raise LayoutError("the model's new blocks brought rows of new tokens: merge them, then expand")
+    return below
 
 
 def _check_fillable(blocks: nn.ModuleList, family: Family) -> None:
