@@ -58,8 +58,7 @@ def insert_blocks(
 
     Raises:
         FamilyError: deepen does not know the model, or a block's residual writes cannot be filled.
-        LayoutError: the layout is for another number of blocks, the config cannot describe the result, or the
-            model has rows that a block pack brought.
+        LayoutError: the layout is for another number of blocks, or the result cannot be described.
         PackError: the model is bypassed, or its files, which a quantised one is copied from, lack a tensor.
     """
     family = family_of(model)
@@ -70,7 +69,6 @@ def insert_blocks(
         raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
     if name in state.packs:
         raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
-    below = _record_below(model, state)
     _check_fillable(blocks, family)
     files = unpacked_files(model)
     reordered_config(model, family, state.config, layout.origins)
@@ -82,7 +80,7 @@ def insert_blocks(
         {index: tuple(_inside(name, names) for name in held) for index, held in tensors.items()},
         str(base or model.name_or_path or "unnamed"),
         fingerprint or Fingerprint(fast=live_fingerprint(model)),
-        below,
+        _record_below(model, state),
     )
     copies = (_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks)
     state.packs[name] = Attached(expansion, tuple(copies))
