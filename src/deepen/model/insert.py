@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from deepen.checkpoint import Checkpoint
 from deepen.errors import FamilyError, LayoutError
 from deepen.expansion.layout import Layout
-from deepen.expansion.manifest import Fingerprint
+from deepen.expansion.manifest import Expansion, Fingerprint
 from deepen.expansion.stages import describe_expansion
 from deepen.families import Family
 from deepen.families.names import generic
@@ -21,6 +21,7 @@ from deepen.model.quantised import fill_from_files, unpacked_files
 from deepen.model.state import (
     NEW,
     Attached,
+    State,
     active_expansion,
     base_state,
     find_state,
@@ -58,8 +59,7 @@ def insert_blocks(
 
     Raises:
         FamilyError: deepen does not know the model, or a block's residual writes cannot be filled.
-        LayoutError: the layout is for another number of blocks, the config cannot describe the result, or the
-            model has rows that a block pack brought.
+        LayoutError: the layout is for another number of blocks, or the result cannot be described.
         PackError: the model is bypassed, or its files, which a quantised one is copied from, lack a tensor.
     """
     family = family_of(model)
@@ -70,9 +70,6 @@ def insert_blocks(
         raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
     if name in state.packs:
         raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
-    below = active_expansion(model, state.below) if state.below else None
-    if below and below.new_rows:
-        raise LayoutError("the model's new blocks brought rows of new tokens: merge them, then expand")
     _check_fillable(blocks, family)
     files = _files_to_copy(model, layout)
     reordered_config(model, family, state.config, layout.origins)
@@ -84,7 +81,7 @@ def insert_blocks(
         {index: tuple(_inside(name, names) for name in held) for index, held in tensors.items()},
         str(base or model.name_or_path or "unnamed"),
         fingerprint or Fingerprint(fast=live_fingerprint(model)),
-        below,
+        _record_below(model, state),
     )
     copies = [_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks]
     fuse_neighbours(model, family, state.config, list(blocks), layout, copies)
@@ -114,6 +111,14 @@ def _inside(name: str, names: FileNames) -> str:
             f"tensor {name!r} of a block has no place in the {names.family.name} family's blocks"
         )
     return place[1]
+
+
+def _record_below(model: PreTrainedModel, state: State) -> Expansion | None:
+    """Return the record of the base, where that was expanded itself."""
+    below = active_expansion(model, state.below) if state.below else None
+    if below and below.new_rows:
+        raise LayoutError("the model's new blocks brought rows of new tokens: merge them, then expand")
+    return below
 
 
 def _check_fillable(blocks: nn.ModuleList, family: Family) -> None:
