@@ -16,7 +16,7 @@ from deepen.errors import CheckpointError, LayoutError
 from deepen.expansion.layout import Layout
 from deepen.expansion.manifest import MANIFEST_NAME, Expansion, read_expansion
 from deepen.expansion.neighbours import mean_sources
-from deepen.expansion.sources import Copy, Fill, Mean, Source
+from deepen.expansion.sources import Copy, Fill, Source
 from deepen.families import Family, check_quantised, check_tensors, family_for
 
 _CACHE_LINE: Final = 64

@@ -12,7 +12,7 @@ from deepen.config import EvaluateSection, Place, Recipe, SftSection, TrainSecti
 from deepen.data.files import find_files
 from deepen.errors import CheckpointError, DeepenError, RecipeError
 from deepen.evaluation.suites import task_specs
-from deepen.expansion import Base, Layout, count_parameters, find_tables, open_base
+from deepen.expansion import Base, Layout, count_parameters, expanded_tensors, find_tables, open_base
 from deepen.families import Family
 from deepen.pipeline.placement import place_blocks
 from deepen.records import Parameters
@@ -136,7 +136,7 @@ def plan_run(recipe: Recipe) -> Outline:
     faults: list[str] = []
     fingerprint = fast_fingerprint(base.checkpoint)
     pack = _open_pack(recipe, base, faults)
-    layout = pack.expansion.layout if pack else _layout(recipe, base.depth, fingerprint, faults)
+    layout = pack.expansion.layout if pack else _layout(recipe, base, fingerprint, faults)
     _check_length(recipe, base, faults)
     if recipe.train and recipe.train.prefix_cache != "none" and layout and 0 in layout.new_indices:
         faults.append("train.prefix_cache: has nothing to keep: a new block stands at the bottom")
@@ -253,10 +253,16 @@ def _tenth(steps: int) -> int:
     return max(1, steps // 10)
 
 
-def _layout(recipe: Recipe, depth: int, fingerprint: str, faults: list[str]) -> Layout | None:
+def _layout(recipe: Recipe, base: Base, fingerprint: str, faults: list[str]) -> Layout | None:
     if (expand := recipe.expand) is None:
         return None
-    return _collect(faults, "expand", lambda: place_blocks(expand, depth, fingerprint))
+
+    def placed() -> Layout:
+        layout = place_blocks(expand, base.depth, fingerprint)
+        expanded_tensors(base, layout)  # neighbours that cannot be made one are refused here
+        return layout
+
+    return _collect(faults, "expand", placed)
 
 
 def _open_pack(recipe: Recipe, base: Base, faults: list[str]) -> Pack | None:

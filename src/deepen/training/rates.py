@@ -75,7 +75,7 @@ def measure_rates(
     general, domain = (_importance(moved, optimizer, run, rates.rows) for run in runs)
     whole = (torch.cat(part).cpu() for part in (general, domain))  # not every device has fp64
     found = unit_rates(*whole, lower=rates.lower, upper=rates.upper)
-    parts = found.split([len(part) for part in general])
+    parts = torch.split(found, [len(part) for part in general])
     for parameter, part in zip(moved.values(), parts, strict=True):
         shape = (-1, *[1] * (parameter.ndim - 1)) if len(part) > 1 else ()
         optimizer.state[parameter][RATE] = part.to(parameter).reshape(shape)
