@@ -1,6 +1,7 @@
 """Learning another model's predictions: the loss against torch's, runs, and what is refused."""
 
 import json
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from deepen.cli import main
 from deepen.config import load_recipe
-from deepen.errors import Interrupted, RecipeError
+from deepen.errors import Interrupted, RecipeError, TrainingError
 from deepen.pipeline import training
 from deepen.pipeline.plan import plan_run
 from deepen.pipeline.run import run_recipe
@@ -184,3 +185,12 @@ def test_what_cannot_teach(root, make, words):
 def test_what_does_not_go_together(root, key, value):
     with pytest.raises(RecipeError, match=f"teacher.*{value}|teacher.*ddp"):
         distilled_at(root, "refused", **{f"train__{key}": value})
+
+
+def test_a_teacher_has_to_see_whole_windows(root):
+    shutil.copytree(root / "base", root / "short")
+    path = root / "short" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 16}))
+    with pytest.raises(TrainingError, match="has 16 positions"):
+        run_recipe(distilled_at(root, "refused", "short"))
+    assert not (root / "refused").exists()
