@@ -25,6 +25,7 @@ PAGES = [
 ] + sorted(DOCS.rglob("*.md"))
 SHELLS = ("bash", "sh", "console", "shell")
 FENCE = re.compile(r"((?:^ *<!--[^\n]*-->\n+)*)^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_ENDS = ("&&", "||", "|", ";", "&")
 _MARK = re.compile(r"<!-- *(file|given|not run) *((?:`[^`]+`,? *)*): *(.+?) *-->")
 
 
@@ -82,7 +83,7 @@ def shell_commands(text: str) -> Iterator[Command]:
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         start, reads = 0, []
-        for end in [*(i for i, word in enumerate(words) if word in ("&&", "||", "|", ";")), len(words)]:
+        for end in [*(i for i, word in enumerate(words) if word in _ENDS), len(words)]:
             part = words[start:end]
             while part and re.match(r"\w+=", part[0]):
                 part = part[1:]
