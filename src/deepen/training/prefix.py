@@ -102,7 +102,7 @@ def find_prefix(model: PreTrainedModel, autocast: torch.dtype | None = None) -> 
     family = family_of(model)
     blocks = blocks_of(model, family)
     depth = next((i for i, block in enumerate(blocks) if _trains(block)), 0)
-    if depth == 0 or _trains(model.get_input_embeddings()):
+    if depth == 0:
         raise _refusal("nothing lies below the first block that trains")
     entry = _FirstEntry(blocks[depth])
     below = {index: Watched(block) for index, block in enumerate(blocks[:depth])}
