@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepen.cli import after_training
+from deepen.cli import switch as switching
 from deepen.cli.apps import new_app
 from deepen.cli.output import human_bytes, human_count, print_json, progress_bar
 
@@ -217,7 +218,7 @@ def push(
         print(url)
 
 
-for _command in (after_training.prune, after_training.damp, after_training.worth):
+for _command in (after_training.prune, after_training.damp, after_training.worth, switching.switch):
     app.command()(_command)
 
 

@@ -2,7 +2,7 @@
 
 from deepen.model.classifier import Classifier, fit_classifier, pooled_states
 from deepen.model.damp import damped
-from deepen.model.decision import Decider, Decision, Likelihood, Switch, playing
+from deepen.model.decision import Decider, Decision, Likelihood, Switch, mean_log_likelihood, playing
 from deepen.model.dtypes import DTYPE_NAMES, DTYPES, file_dtypes, parameter_dtypes
 from deepen.model.fingerprint import (
     base_fingerprint,
@@ -58,6 +58,7 @@ __all__ = [
     "live_fingerprint",
     "load",
     "load_quantised",
+    "mean_log_likelihood",
     "model_tensors",
     "new_parameters",
     "new_tensors",
