@@ -137,7 +137,7 @@ def test_a_classifier_has_the_log_odds_of_two_normal_classes():
 
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5])
 def test_the_threshold_keeps_its_rate(rate):
-    """Of n + 1 exchangeable prompts each is as likely the new one: count those above the others' threshold."""
+    """Of n + 1 exchangeable prompts each is as likely the new one: how many pass the others' threshold?"""
     values = np.random.default_rng(0).normal(size=21)
     above = [values[i] > conformal_threshold(np.delete(values, i), rate) for i in range(21)]
     assert sum(above) == int(rate * 21)
@@ -166,7 +166,7 @@ def test_a_fitted_switch_is_read_as_it_was_written(fitted, by, monkeypatch, tmp_
 
 
 def test_a_switch_for_others_is_refused(fitted, tmp_path):
-    with pytest.raises(SwitchError, match="another law than .*idle"):
+    with pytest.raises(SwitchError, match=r"another law than .*idle"):
         deepen.load(fitted / "base", fitted / "idle", switch=fitted / "classifier")
     model = deepen.load(fitted / "base", fitted / "idle")
     with pytest.raises(SwitchError, match="decides on 'law', which is not attached; there is 'idle'"):

@@ -22,7 +22,7 @@ from deepen.model.record import expansion_of, find_expansion, new_parameters, ne
 from deepen.model.state import settle_base
 from deepen.model.switch import activate, attach, attached, bypass, detach
 from deepen.model.switch_file import SWITCH_NAME, pack_digest, read_switch, recorded_packs, write_switch
-from deepen.model.switched import decisions, find_switch, resting, set_switch, switch_of
+from deepen.model.switched import decisions, find_switch, set_switch, switch_of
 from deepen.model.tensors import save_tensors
 
 __all__ = [
@@ -71,7 +71,6 @@ __all__ = [
     "probe_logits",
     "read_switch",
     "recorded_packs",
-    "resting",
     "save_blocks",
     "save_tensors",
     "set_switch",

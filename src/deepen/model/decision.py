@@ -14,6 +14,7 @@ from deepen.errors import SwitchError
 from deepen.model.state import state_of, switch
 
 PROMPT_TOKENS: Final = 64
+_ATTRIBUTE: Final = "_deepen_switching"
 
 # Elements of the logits of one pass: 512 MB in fp32.
 _MOST_LOGITS: Final = 2**27
@@ -114,7 +115,7 @@ class Switch:
         """Return who answers each prompt.
 
         Args:
-            model: has the packs attached; its switch rests.
+            model: has the packs attached.
             prompts: token ids, each [length]; those after the first `prompt_tokens` are not read.
             packs: those that compete; None: all attached that the decider can weigh.
 
@@ -126,7 +127,8 @@ class Switch:
         weighed = torch.full((len(read), len(chosen)), torch.nan)
         able = [index for index, prompt in enumerate(read) if len(prompt)]
         if able and chosen:
-            found = self.decider.advantages(model, [read[index] for index in able], chosen)
+            with resting(model):
+                found = self.decider.advantages(model, [read[index] for index in able], chosen)
             weighed[able] = found.float().cpu()
         return tuple(
             self._choose(dict(zip(chosen, row, strict=True)), len(prompt))
@@ -159,15 +161,56 @@ class Switch:
         return Decision(pack=pack, advantages=advantages, tokens=tokens)
 
 
+@dataclass
+class Switching:
+    """What a model notes of its switch.
+
+    Attributes:
+        switch: decides.
+        decisions: what it decided last.
+        resting: whether it decides nothing for the time being.
+    """
+
+    switch: Switch
+    decisions: tuple[Decision, ...] = ()
+    resting: bool = False
+
+
+def find_switching(model: PreTrainedModel) -> Switching | None:
+    """Return what a model notes of its switch; None where it has none."""
+    found = vars(model).get(_ATTRIBUTE)
+    return found if isinstance(found, Switching) else None
+
+
+def note_switching(model: PreTrainedModel, switching: Switching | None) -> None:
+    """Note on a model what its switch is."""
+    vars(model)[_ATTRIBUTE] = switching
+
+
+@contextmanager
+def resting(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's switch, if it has one, decide nothing: what is on computes."""
+    found = find_switching(model)
+    if found is None or found.resting:
+        yield
+        return
+    found.resting = True
+    try:
+        yield
+    finally:
+        found.resting = False
+
+
 @contextmanager
 def playing(model: PreTrainedModel, packs: Iterable[str]) -> Iterator[None]:
-    """Run a model with these of its packs on; on exit those are on again that were before."""
+    """Run a model with these of its packs on, whatever its switch; on exit those are on that were before."""
     state, wanted = state_of(model), tuple(packs)
     before = state.active
     try:
         if before != wanted:
             switch(model, state, wanted)
-        yield
+        with resting(model):
+            yield
     finally:
         if state.active != before:
             switch(model, state, before)
@@ -181,7 +224,7 @@ def mean_log_likelihood(model: PreTrainedModel, prompts: Sequence[Tensor]) -> Te
     """
     found = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
     able = [index for index, prompt in enumerate(prompts) if len(prompt) > 1]
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     for batch in prompt_batches(prompts, able, _MOST_LOGITS // vocabulary):
         ids = pad_prompts([prompts[index] for index in batch], model.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()

@@ -1,9 +1,7 @@
 """A model that decides for each row of a batch which of its packs takes part."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from types import MethodType
@@ -14,22 +12,20 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from deepen.errors import SwitchError
-from deepen.model.decision import Decision, Switch, playing
+from deepen.model.decision import (
+    Decision,
+    Switch,
+    Switching,
+    find_switching,
+    note_switching,
+    playing,
+    resting,
+)
 from deepen.model.rows import Group, RowCaches, group_rows, merge_outputs, merge_sequences, take_rows
 from deepen.model.state import state_of
 from deepen.model.switch_file import read_switch
 
-_ATTRIBUTE: Final = "_deepen_switching"
 _METHODS: Final = ("forward", "generate")
-
-
-@dataclass
-class _Switching:
-    """What a model notes of its switch: the switch, what it decided last, whether it rests."""
-
-    switch: Switch
-    decisions: tuple[Decision, ...] = ()
-    resting: bool = False
 
 
 def set_switch(model: PreTrainedModel, switch: str | Path | Switch | None) -> PreTrainedModel:
@@ -55,12 +51,13 @@ def set_switch(model: PreTrainedModel, switch: str | Path | Switch | None) -> Pr
         SwitchError: the switch cannot be read, or was made for other packs or another base.
     """
     if switch is None:
-        for name in (_ATTRIBUTE, *_METHODS):
+        note_switching(model, None)
+        for name in _METHODS:
             vars(model).pop(name, None)
         return model
     chosen = find_switch(switch)
     chosen.candidates(model)
-    vars(model)[_ATTRIBUTE] = _Switching(chosen)
+    note_switching(model, Switching(chosen))
     for name, method in zip(_METHODS, (_forward, _generate), strict=True):
         # Bound, so that a deep copy of the model has its own.
         vars(model)[name] = MethodType(_as(getattr(type(model), name), method), model)
@@ -76,8 +73,8 @@ def find_switch(switch: str | Path | Switch) -> Switch:
 
 def switch_of(model: PreTrainedModel) -> Switch | None:
     """Return the model's switch."""
-    found = vars(model).get(_ATTRIBUTE)
-    return found.switch if isinstance(found, _Switching) else None
+    found = find_switching(model)
+    return found.switch if found else None
 
 
 def decisions(model: PreTrainedModel) -> tuple[Decision, ...]:
@@ -89,25 +86,10 @@ def decisions(model: PreTrainedModel) -> tuple[Decision, ...]:
     return _switching(model).decisions
 
 
-def _switching(model: PreTrainedModel) -> _Switching:
-    found = vars(model).get(_ATTRIBUTE)
-    if isinstance(found, _Switching):
+def _switching(model: PreTrainedModel) -> Switching:
+    if found := find_switching(model):
         return found
     raise SwitchError('the model has no switch: deepen.load(base, pack, switch="auto"), or deepen.set_switch')
-
-
-@contextmanager
-def resting(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's switch, if it has one, decide nothing: what is on computes."""
-    found = vars(model).get(_ATTRIBUTE)
-    if not isinstance(found, _Switching) or found.resting:
-        yield
-        return
-    found.resting = True
-    try:
-        yield
-    finally:
-        found.resting = False
 
 
 def _as(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from deepen.errors import SwitchError
 from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import text_metrics, text_results
 from deepen.evaluation.switching import after_prompt
-from deepen.model import Decision, Likelihood, Switch, load, playing, resting, set_switch, switch_of
+from deepen.model import Decision, Likelihood, Switch, load, playing, set_switch, switch_of
 from deepen.model.structure import blocks_of, family_of
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.subject import Subject, pack_directory
@@ -28,6 +28,7 @@ from deepen.records import (
     capture_provenance,
 )
 from deepen.training.flops import count_flops
+from deepen.training.parallel import Root
 
 Nats = Mapping[str, NDArray[np.float64]]
 
@@ -81,15 +82,14 @@ def measure_switch(
     scored = [after_prompt(text, switch.prompt_tokens) for text in texts]
     _check_long_enough(scored, switch)
     reporter.stage("deciding")
-    with resting(model):
-        packs = switch.candidates(model)
-        decided = {text.task: _decide(model, switch, text) for text in scored}
-        losses: dict[str | None, Nats] = {}
-        for pack in (None, *packs):
-            reporter.stage(f"held-out loss of {pack or 'the base'}")
-            with playing(model, () if pack is None else (pack,)):
-                losses[pack] = evaluate_texts(model, scored, progress=reporter.progress)
-        cost = _cost(model, switch, packs, [each for many in decided.values() for each in many])
+    packs = switch.candidates(model)
+    decided = {text.task: _decide(model, switch, text) for text in scored}
+    losses: dict[str | None, Nats] = {}
+    for pack in (None, *packs):
+        reporter.stage(f"held-out loss of {pack or 'the base'}")
+        with playing(model, () if pack is None else (pack,)):
+            losses[pack] = evaluate_texts(model, scored, progress=reporter.progress)
+    cost = _cost(model, switch, packs, [each for many in decided.values() for each in many])
     chosen = {task: _chosen(task, many, losses) for task, many in decided.items()}
     rows = [(pack, losses[pack]) for pack in packs] + [("switch", chosen)]
     return SwitchEvaluation(
@@ -158,5 +158,5 @@ def _cost(
 def _forward_flops(model: PreTrainedModel, pack: str | None, length: int, head: bool) -> float:
     """Return the FLOPs of a token's forward pass, with the head or without: a classifier does not run it."""
     with playing(model, () if pack is None else (pack,)):
-        cost = count_flops(model, model, list(blocks_of(model, family_of(model))), length)
+        cost = count_flops(Root(model), model, list(blocks_of(model, family_of(model))), length)
     return cost.forward if head else cost.forward - cost.outside
