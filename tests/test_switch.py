@@ -172,12 +172,14 @@ def test_nothing_is_left_behind_by_an_exception(model):
     def fail(*_):
         raise KeyboardInterrupt
 
+    given = {"input_ids": IDS, "attention_mask": MASK}
+    calls = (lambda: model(**given), lambda: model.generate(**given, max_new_tokens=2, pad_token_id=PAD))
     state = state_of(model)
     for block in (state.base[0], state.packs["one"].blocks[0], state.packs["two"].blocks[-1]):
         hook = block.register_forward_hook(fail)
-        for call in (model.forward, model.generate):
+        for call in calls:
             with pytest.raises(KeyboardInterrupt):
-                call(input_ids=IDS, attention_mask=MASK)
+                call()
             assert list(model.base_model.layers) == before
             assert model.config.num_hidden_layers == len(before)
         hook.remove()

@@ -41,8 +41,9 @@ from deepen.records import Role, SwitchPack, SwitchRecord, SwitchTally, capture_
 GENERAL: Final = "general"
 MAX_PROMPTS: Final = 1000
 
-# Of five documents, in order, one is held out, and one may calibrate the threshold.
+# Of five documents one is held out, and one may calibrate the threshold; by lot, as texts may have an order.
 _PARTS: Final = 5
+_SEED: Final = 0
 _HELD_OUT: Final = 4
 _CALIBRATING: Final = 3
 
@@ -114,7 +115,7 @@ class _Kind:
 def fit_switch(request: SwitchRequest, reporter: Reporter | None = None) -> SwitchRecord:
     """Fit a switch on texts, measure its errors on others, and write it.
 
-    Of five documents one is held out for the errors; another one calibrates the threshold where that is asked
+    Of five documents, drawn by lot, one is held out for the errors; another one calibrates the threshold where that is asked
     (with likelihood, which has nothing to fit, all four do), and the rest fit the weights. Where a text has
     fewer than 30 documents, windows stand for them.
 
@@ -144,7 +145,9 @@ def fit_switch(request: SwitchRequest, reporter: Reporter | None = None) -> Swit
         fitted=fitted,
         calibrated=calibrated,
         held_out=[_tally(model, switch, kind) for kind in kinds],
-        provenance=capture_provenance(data={k: v for kind in kinds for k, v in kind.digests.items()}),
+        provenance=capture_provenance(
+            seed=_SEED, data={k: v for kind in kinds for k, v in kind.digests.items()}
+        ),
     )
     write_switch(request.out, switch, record, overwrite=request.overwrite)
     return record
@@ -177,9 +180,10 @@ def _read_kind(request: SwitchRequest, where: Path, name: str, sets: Sequence[Te
     prompts, parts = [], []
     for text in texts:
         _, items = number_items(text)
+        drawn = np.random.default_rng(_SEED).permutation(len(text.windows))
         windows = text.windows[: max(request.max_prompts // len(texts), 1)]
         prompts += [torch.from_numpy(window[: request.prompt_tokens]) for window in windows]
-        parts.append(items[: len(windows)] % _PARTS)
+        parts.append(drawn[items[: len(windows)]] % _PARTS)
     part = np.concatenate(parts)
     if len(set(part.tolist())) < _PARTS:
         raise SwitchError(f"{name}: {len(prompts)} prompts are too few to fit and to test; give more text")
