@@ -60,8 +60,8 @@ def model(places):
 
 
 def alone(model, pack):
-    """A model without a switch on which only `pack` is on."""
-    model = deepen.set_switch(copy.deepcopy(model), None)
+    """The model, from now on without its switch, with only `pack` on: a copy's sums may round otherwise."""
+    deepen.set_switch(model, None)
     return deepen.activate(model, *([pack] if pack else []))
 
 

@@ -115,9 +115,9 @@ class _Kind:
 def fit_switch(request: SwitchRequest, reporter: Reporter | None = None) -> SwitchRecord:
     """Fit a switch on texts, measure its errors on others, and write it.
 
-    Of five documents, drawn by lot, one is held out for the errors; another one calibrates the threshold where that is asked
-    (with likelihood, which has nothing to fit, all four do), and the rest fit the weights. Where a text has
-    fewer than 30 documents, windows stand for them.
+    Of five documents, drawn by lot, one is held out for the errors; another one calibrates the threshold
+    where that is asked (with likelihood, which has nothing to fit, all four do), and the rest fit the
+    weights. Where a text has fewer than 30 documents, windows stand for them.
 
     Raises:
         DeepenError: base, packs or texts cannot be read, a kind has too few prompts, or the output exists.
