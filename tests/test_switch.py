@@ -97,6 +97,8 @@ def drawn(model, options):
 
 @torch.no_grad()
 def test_a_cache_stays_with_what_was_decided(model):
+    with pytest.raises(SwitchError, match="only with a KV cache that it began"):
+        model(input_ids=IDS, past_key_values=DynamicCache(config=model.config))
     out = model(input_ids=IDS, attention_mask=MASK, use_cache=True)
     assert isinstance(out.past_key_values, RowCaches)
     assert out.past_key_values.get_seq_length() == IDS.shape[1]
@@ -109,8 +111,6 @@ def test_a_cache_stays_with_what_was_decided(model):
         cache = other(input_ids=IDS[rows], attention_mask=MASK[rows], use_cache=True).past_key_values
         wanted = other(input_ids=step[rows], attention_mask=mask[rows], past_key_values=cache)
         assert torch.equal(after.logits[rows], wanted.logits)
-    with pytest.raises(SwitchError, match="only with a KV cache that it began"):
-        model(input_ids=IDS, past_key_values=DynamicCache(config=model.config))
 
 
 @pytest.mark.parametrize("more", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
