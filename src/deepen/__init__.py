@@ -17,6 +17,7 @@
     model = deepen.load("base", "pack")
     deepen.attach(model, "other")                                 # several packs on one base,
     deepen.activate(model, "pack", "other")                       # one at a time or stacked
+    model = deepen.load("base", "pack", switch="auto")            # or as each prompt itself decides
 
 Names are imported when they are first used, so `import deepen` needs no torch.
 """
@@ -42,31 +43,42 @@ if TYPE_CHECKING:
     from deepen.expansion import expand_checkpoint as expand_checkpoint
     from deepen.expansion import plan_layout as plan_layout
     from deepen.expansion import verify_bytes as verify_bytes
+    from deepen.model import Classifier as Classifier
+    from deepen.model import Decision as Decision
+    from deepen.model import Likelihood as Likelihood
+    from deepen.model import Switch as Switch
     from deepen.model import activate as activate
     from deepen.model import attach as attach
     from deepen.model import attached as attached
     from deepen.model import bypass as bypass
+    from deepen.model import decisions as decisions
     from deepen.model import detach as detach
     from deepen.model import expansion_of as expansion_of
     from deepen.model import freeze_base as freeze_base
     from deepen.model import insert_blocks as insert_blocks
     from deepen.model import load as load
     from deepen.model import save_blocks as save_blocks
+    from deepen.model import set_switch as set_switch
     from deepen.model.callback import SaveBlocks as SaveBlocks
     from deepen.pipeline.run import run_recipe as run_recipe
 
 _HOMES = {
+    "Classifier": "model",
+    "Decision": "model",
     "DeepenError": "errors",
     "Expansion": "expansion",
     "Layout": "expansion",
+    "Likelihood": "model",
     "NewBlock": "expansion",
     "Recipe": "config",
     "SaveBlocks": "model.callback",
+    "Switch": "model",
     "activate": "model",
     "adopt": "blocks",
     "attach": "model",
     "attached": "model",
     "bypass": "model",
+    "decisions": "model",
     "detach": "model",
     "expand_checkpoint": "expansion",
     "expansion_of": "model",
@@ -82,6 +94,7 @@ _HOMES = {
     "push_pack": "blocks",
     "run_recipe": "pipeline.run",
     "save_blocks": "model",
+    "set_switch": "model",
     "stack_packs": "blocks",
     "unmerge": "blocks",
     "verify_bytes": "expansion",

@@ -9,6 +9,7 @@
     ├── LayoutError             new blocks that cannot be placed as asked
     ├── OutputError             an output that exists, lies inside its input, or does not fit the disk
     ├── PackError               a block pack that does not belong to this base
+    ├── SwitchError             a switch that cannot be read, or cannot decide as asked
     ├── DataError               a text source that is missing, empty or lacks its field
     ├── TrainingError           training that cannot start, resume or go on
     │   └── Diverged            the loss or a gradient is no longer a finite number
@@ -52,6 +53,10 @@ class OutputError(DeepenError):
 
 class PackError(DeepenError):
     """A block pack that is malformed or does not belong to this base."""
+
+
+class SwitchError(DeepenError):
+    """A switch between packs that is malformed, was made for others, or cannot decide as asked."""
 
 
 class DataError(DeepenError):

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepen.cli import after_training
+from deepen.cli import switch as switching
 from deepen.cli.apps import new_app
 from deepen.cli.output import human_bytes, human_count, print_json, progress_bar
 
@@ -223,6 +224,7 @@ for _command in (
     after_training.average,
     after_training.worth,
     after_training.effects,
+    switching.switch,
 ):
     app.command()(_command)
 

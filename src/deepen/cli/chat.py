@@ -21,6 +21,10 @@ def chat(
     pack: Annotated[
         list[str] | None, typer.Option(help="A block pack, or a run, to put on the model; may be repeated.")
     ] = None,
+    switch: Annotated[
+        str | None,
+        typer.Option(help="Decide for each question which pack answers: auto, or a switch's directory."),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Let the base answer beside it.")] = False,
     web: Annotated[bool, typer.Option("--web", help="Serve a page that compares them in a browser.")] = False,
     host: Annotated[str, typer.Option(help="Address the page is served at.")] = "127.0.0.1",
@@ -48,7 +52,13 @@ def chat(
         from deepen.dialogue.cast import load_cast
 
         cast = load_cast(
-            model, base=base, packs=pack or [], template=template, compare=compare or web, device=device
+            model,
+            base=base,
+            packs=pack or [],
+            switch=switch,
+            template=template,
+            compare=compare or web,
+            device=device,
         )
         for note in cast.notes:
             reporter.note(note)

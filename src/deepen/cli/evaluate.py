@@ -11,7 +11,7 @@ from deepen.errors import EvaluationError
 if TYPE_CHECKING:
     from deepen.evaluation.chat import Judge
     from deepen.pipeline.evaluate import Evaluation
-    from deepen.records import Metric
+    from deepen.records import Metric, SwitchEvaluation
 
 app = new_app()
 
@@ -25,6 +25,9 @@ TaskNames = Annotated[
 ]
 Texts = Annotated[list[str] | None, typer.Option(help="Text whose loss must be kept (.txt, .jsonl …).")]
 DomainTexts = Annotated[list[str] | None, typer.Option(help="Text whose loss must fall.")]
+SwitchBy = Annotated[
+    str | None, typer.Option(help="auto, or a switch of `deepen blocks switch`: measure it on the texts.")
+]
 Questions = Annotated[Path | None, typer.Option(help="Questions of a conversation each, one JSON a line.")]
 JudgeUrl = Annotated[
     str | None, typer.Option(help="Endpoint that judges the answers to --chat: https://host/v1.")
@@ -64,6 +67,7 @@ def evaluate(
     task: TaskNames = None,
     text: Texts = None,
     domain_text: DomainTexts = None,
+    switch: SwitchBy = None,
     chat: Questions = None,
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
@@ -100,6 +104,7 @@ def evaluate(
             tasks=specs,
             texts=tuple(TextSet(path=path) for path in text or []),
             domain_texts=tuple(TextSet(path=path) for path in domain_text or []),
+            switch=switch,
             chat=ChatSettings(
                 questions=chat, judge=judging, tools=tools, turns=turns, max_new_tokens=max_new_tokens
             ),
@@ -154,16 +159,39 @@ def _report(found: "Evaluation", as_json: bool) -> None:
                 "base": found.subject.base,
                 "metrics": found.metrics,
                 "failed": found.failures,
+                "switch": found.switch,
                 "out": found.out,
             }
         )
         return
     for line in _table(found.metrics):
         print(line)
+    if found.switch is not None:
+        _report_switch(found.switch)
     if found.out is not None:
         print(f"records and items: {found.out}")
         if (found.out.parent / "result.json").exists():
             print(f"on the run's page and card: deepen report {found.out.parent}")
+
+
+def _report_switch(found: "SwitchEvaluation") -> None:
+    """Print the switch beside what it switches: losses after the prompt, decisions, cost."""
+    print(f"\nswitch: {found.kind}, threshold {found.threshold:g} {found.unit}; nats per token behind")
+    print(f"the first {found.prompt_tokens} tokens of each window, which decide who answers it")
+    rows = [
+        metric.model_copy(update={"metric": row.answers if row.answers == "switch" else f"{row.answers} on"})
+        for row in found.rows
+        for metric in row.metrics
+    ]
+    print(*_table(sorted(rows, key=lambda each: each.task)), sep="\n")
+    for tally in found.tallies:
+        answered = ", ".join(f"{name} {count}" for name, count in tally.answered.items())
+        share = tally.wrong / tally.prompts
+        print(f"{tally.text}: {tally.prompts} prompts: {answered}; {tally.wrong} wrong ({share:.1%})")
+    cost, prefill = found.cost, found.cost.flops / found.cost.prefill_flops
+    print(
+        f"a decision passes {cost.tokens:,.0f} tokens: {prefill:.2f} times the base's prefill of the prompt"
+    )
 
 
 def _table(metrics: "list[Metric]") -> list[str]:

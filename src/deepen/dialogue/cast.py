@@ -11,12 +11,11 @@ from transformers import PreTrainedModel
 from deepen.blocks import BLOCKS_NAME
 from deepen.dialogue.network import Network, find_template
 from deepen.errors import ChatError
-from deepen.model import activate, attach, attached, load
+from deepen.model import Switch, activate, attach, attached, load, read_switch, recorded_packs
 from deepen.model.state import find_state
 from deepen.pipeline.evaluate import choose_device
-from deepen.pipeline.subject import Subject, find_subject, open_run_recipe
+from deepen.pipeline.subject import Subject, find_subject, pack_directory
 from deepen.pipeline.texts import load_tokenizer
-from deepen.records import read_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,7 @@ class Cast:
         base: its base: the same network, of which no pack is on, or one of its own; None: not asked for.
         packs: the model's packs that are on at first, from the bottom.
         notes: what to know before talking, a line each.
+        switch: decides for each question which of the packs answers; None: all that are on do.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Cast:
     base: Network | None
     packs: tuple[str, ...]
     notes: tuple[str, ...]
+    switch: Switch | None = None
 
 
 def load_cast(
@@ -45,6 +46,7 @@ def load_cast(
     *,
     base: str | None = None,
     packs: Sequence[str] = (),
+    switch: str | None = None,
     template: str | None = None,
     compare: bool = False,
     device: str = "auto",
@@ -55,6 +57,7 @@ def load_cast(
         target: a run, a block pack, an adapter, or a checkpoint (a directory or a hub id).
         base: its base, where it does not say it or it has moved.
         packs: block packs, or runs that made one, to put on it as well; all are on at first.
+        switch: `auto`, or the directory of a switch, which brings its packs.
         template: name of a chat template, or a path that ends in .jinja; default: the tokenizer's own.
         compare: with its base, which is loaded too where it is a model of its own.
         device: `auto`, `cpu`, `cuda` …
@@ -64,22 +67,48 @@ def load_cast(
         DeepenError: one of them cannot be found or read, or a pack belongs to another base.
     """
     subject, place = find_subject(target, base), choose_device(device)
-    if compare and not (subject.base or packs):
+    if compare and not (subject.base or packs or switch):
         raise ChatError(f"{target}: has no base to compare with; give --base, or --pack and it is one itself")
     tokenizer = load_tokenizer(subject.model.tokenizer)
     chosen = find_template(tokenizer, template)  # what is wrong with it is said before the model loads
+    named, deciding = _packs_and_switch(target, packs, switch)
     model = _load_model(target, subject, place)
-    _attach_all(model, (target, *packs) if _is_pack(target) else packs)
+    _attach_all(model, named)
+    if deciding is not None:
+        _check_switch(model, deciding)
     network = Network(model, tokenizer, chosen)
     beside = _base_network(subject, network, template, place) if compare else None
     return Cast(
         name=target,
-        base_name=subject.base or (target if packs else None),
+        base_name=subject.base or (target if named else None),
         model=network,
         base=beside,
         packs=network.active,
         notes=_notes(network),
+        switch=deciding,
     )
+
+
+def _packs_and_switch(
+    target: str, packs: Sequence[str], switch: str | None
+) -> tuple[list[tuple[str, str | Path]], Switch | None]:
+    """Return the names and places of the packs to attach, and what decides between them."""
+    own = (target,) if _is_pack(target) else ()
+    if switch is None or switch == "auto":
+        named = [(_name(pack), pack_directory(pack)) for pack in (*own, *packs)]
+        return [*named], Switch() if switch else None
+    if packs:
+        raise ChatError(f"--pack: the switch {switch} brings its own packs; leave --pack out")
+    made, record = read_switch(Path(switch))
+    places = recorded_packs(Path(switch), record, pack_directory(target) if own else None)
+    return [*places.items()], made
+
+
+def _check_switch(model: Any, switch: Switch) -> None:
+    """Refuse a switch that could decide nothing."""
+    if not isinstance(model, PreTrainedModel):
+        raise ChatError("an adapter has no packs to switch")
+    switch.candidates(model)
 
 
 def _load_model(target: str, subject: Subject, place: torch.device) -> Any:
@@ -88,7 +117,7 @@ def _load_model(target: str, subject: Subject, place: torch.device) -> Any:
 
 
 def _is_pack(target: str) -> bool:
-    return (Path(_pack_directory(target)) / BLOCKS_NAME).is_file()
+    return (Path(pack_directory(target)) / BLOCKS_NAME).is_file()
 
 
 def _base_network(subject: Subject, model: Network, template: str | None, place: torch.device) -> Network:
@@ -100,7 +129,7 @@ def _base_network(subject: Subject, model: Network, template: str | None, place:
     return Network(side.load(place), tokenizer, find_template(tokenizer, template) or model.template)
 
 
-def _attach_all(model: Any, packs: Sequence[str]) -> None:
+def _attach_all(model: Any, packs: Sequence[tuple[str, str | Path]]) -> None:
     """Put packs on a model, all on at once, above those it came with."""
     if not packs:
         return
@@ -108,22 +137,11 @@ def _attach_all(model: Any, packs: Sequence[str]) -> None:
         raise ChatError("an adapter cannot carry block packs; give --pack with a checkpoint or a pack")
     state = find_state(model)
     before = state.active if state else ()
-    new = []
-    for pack in packs:
-        directory = _pack_directory(pack)
-        name = _name(pack)
-        attach(model, directory, name)
-        new.append(name)
+    for name, place in packs:
+        attach(model, place, name)
+    new = [name for name, _ in packs]
     held = attached(model)
     activate(model, *(name for name in (*before, *new) if name in held))
-
-
-def _pack_directory(pack: str) -> str:
-    """Return where a pack lies: of a run, what it saved."""
-    path = Path(pack)
-    if path.is_dir() and open_run_recipe(path):
-        return str(path / read_result(path).outputs[0])
-    return pack
 
 
 def _name(pack: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from deepen.data.chat import ChatTemplate, choose_template, turn_end
 from deepen.errors import DataError
-from deepen.model import activate, attached
+from deepen.model import Decision, Switch, activate, attached
 from deepen.model.state import find_state
 
 
@@ -57,6 +57,13 @@ class Network:
             if self.active != tuple(packs):
                 activate(self.model, *packs)
             yield self.model
+
+    def decide(self, switch: Switch, ids: Sequence[int], packs: Sequence[str]) -> Decision:
+        """Return which of these packs, if any, answers a prompt; all of it is read."""
+        prompt = torch.tensor(ids, device=self.model.device)
+        whole = replace(switch, prompt_tokens=max(len(ids), 1))
+        with self._lock, torch.inference_mode():
+            return whole.decide(self.model, [prompt], packs)[0]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from deepen.dialogue.network import Voice
 from deepen.dialogue.prompt import Prompt, Turn, build_prompt
 from deepen.dialogue.writing import Sampling, write
 from deepen.errors import ChatError
+from deepen.model import Decision
 
 # Tokens that a voice writes before the next one's turn: to switch 40 blocks takes about 10 ms.
 _BURST: Final = 8
@@ -45,6 +46,7 @@ class Talk:
         packs: those that are on, from the bottom.
         turns: what was said.
         answers: those of the last turn.
+        decision: which pack answers the last question; None where no switch decides.
     """
 
     def __init__(self, cast: Cast, *, compare: bool, system: str = "", sampling: Sampling) -> None:
@@ -53,13 +55,20 @@ class Talk:
         self.packs = cast.packs
         self.turns: list[Turn] = []
         self.answers: tuple[Answer, ...] = ()
+        self.decision: Decision | None = None
         self._writing: object | None = None
 
     @property
     def voices(self) -> tuple[Voice, ...]:
         """Who answers: the base, where asked for, and the model."""
-        model = Voice("model", self.cast.model, self.packs)
+        model = Voice("model", self.cast.model, self._answering)
         return (Voice("base", self.cast.base, ()), model) if self.compare and self.cast.base else (model,)
+
+    @property
+    def _answering(self) -> tuple[str, ...]:
+        if self.decision is None:
+            return self.packs
+        return (self.decision.pack,) if self.decision.pack else ()
 
     def ask(self, question: str) -> Generator[tuple[Answer, ...]]:
         """Yield the answers as they grow, a few tokens in turn; what was said is remembered.
@@ -71,6 +80,7 @@ class Talk:
             DataError: the template refuses the conversation.
         """
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.turns))
+        self.decision = self._decide(question)
         answers = tuple(self._unwritten(voice, question) for voice in self.voices)
         writers = [_grow(answer, sampling) for answer in answers]
         self._writing = mine = object()
@@ -109,7 +119,20 @@ class Talk:
 
     def reset(self) -> None:
         """Forget what was said, and what is being written."""
-        self.turns, self.answers, self._writing = [], (), object()
+        self.turns, self.answers, self.decision, self._writing = [], (), None, object()
+
+    def _decide(self, question: str) -> Decision | None:
+        """Decide from the question, and from those before it as long as they are too short to tell."""
+        switch, network = self.cast.switch, self.cast.model
+        if switch is None:
+            return None
+        asked, ids = question, list[int]()
+        for earlier in reversed(["", *(turn.question for turn in self.turns)]):
+            ids = list(network.tokenizer(asked)["input_ids"])
+            if len(ids) >= switch.prompt_tokens:
+                break
+            asked = f"{earlier}\n{asked}"
+        return network.decide(switch, ids, self.packs)
 
     def _unwritten(self, voice: Voice, question: str) -> Answer:
         most = self.sampling.max_tokens

@@ -14,6 +14,7 @@ from rich.text import Text
 from deepen.dialogue.network import Voice
 from deepen.dialogue.talk import Answer, Talk
 from deepen.errors import ChatError, DeepenError
+from deepen.model import Decision
 
 HELP: Final = """\
 /packs          what is attached, and what is on
@@ -103,10 +104,13 @@ class Terminal:
         if cut := max(answer.prompt.cut for answer in answers):
             self._say(f"({cut} of the oldest turns left out: the model sees {_context(answers)} tokens)")
         if self._as_json:
-            self._out.file.write(json.dumps(_plain(question, answers, self._talk.packs)) + "\n")
+            said = _plain(question, answers, self._talk.packs, self._talk.decision)
+            self._out.file.write(json.dumps(said) + "\n")
             self._out.file.flush()
         elif not self._live:
             self._write_whole(question, answers)
+        if self._talk.decision and not self._as_json:
+            self._say(f"({describe_decision(self._talk)})")
         for answer in answers:
             if answer.ended == "length":
                 room = answer.prompt.room
@@ -160,6 +164,15 @@ def describe_voice(voice: Voice) -> str:
     return f"{voice.name} ({' + '.join(voice.packs) or 'no pack on'})"
 
 
+def describe_decision(talk: Talk) -> str:
+    """Say who answered the last question, and by how much: `law answered; law +0.412 nats/token`."""
+    if talk.decision is None or talk.cast.switch is None:
+        return ""
+    unit, decision = talk.cast.switch.decider.unit, talk.decision
+    weighed = ", ".join(f"{name} {value:+.3f}" for name, value in decision.advantages.items())
+    return f"{decision.pack or 'the base'} answered; {weighed} {unit}"
+
+
 def describe_packs(talk: Talk) -> str:
     """Say what is attached and what is on."""
     held = talk.cast.model.packs
@@ -183,12 +196,17 @@ def _columns(answers: Sequence[Answer]) -> Table:
     return table
 
 
-def _plain(question: str, answers: Sequence[Answer], packs: Sequence[str]) -> dict[str, object]:
+def _plain(
+    question: str, answers: Sequence[Answer], packs: Sequence[str], decision: Decision | None
+) -> dict[str, object]:
     said = {
         each.voice.name: {"text": each.text, "tokens": len(each.ids), "ended": each.ended} for each in answers
     }
     cut = max(each.prompt.cut for each in answers)
-    return {"question": question, "answers": said, "packs": list(packs), "turns_left_out": cut}
+    plain = {"question": question, "answers": said, "packs": list(packs), "turns_left_out": cut}
+    if decision is not None:
+        plain["decided"] = {"pack": decision.pack, "advantages": dict(decision.advantages)}
+    return plain
 
 
 def _without(packs: Sequence[str], name: str) -> list[str]:

@@ -16,13 +16,15 @@ from deepen.blocks import BLOCKS_NAME, check_pack, open_pack
 from deepen.checkpoint import Checkpoint, atomic_directory, resolve_base, write_file
 from deepen.errors import CheckpointError
 from deepen.expansion import MANIFEST_NAME, open_base
+from deepen.model.decision import Switch
 from deepen.model.dtypes import file_dtypes
 from deepen.model.names import file_names
 from deepen.model.record import expansion_of, find_expansion, new_tensors
 from deepen.model.rows import packed_rows
 from deepen.model.source import source_checkpoint
-from deepen.model.state import base_state
-from deepen.model.switch import attach_checked
+from deepen.model.switch import attach_checked, state_for
+from deepen.model.switch_file import read_switch, recorded_packs
+from deepen.model.switched import set_switch
 from deepen.model.tensors import save_tensors
 
 _SAFE: Final = {"trust_remote_code": False, "local_files_only": True}
@@ -69,6 +71,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    switch: str | Path | Switch | None = None,
 ) -> PreTrainedModel:
     """Load a base and put a block pack on it, or load an expanded checkpoint.
 
@@ -79,24 +82,41 @@ def load(
         pack: directory or hub id of a block pack.
         dtype: precision in memory; default: the checkpoint's.
         device: where the model goes.
+        switch: lets the model decide for each row of a batch whether the pack takes part: `auto`, a switch,
+            or the directory of one, whose packs are attached where no pack is given. See `set_switch`.
 
     Returns:
         A plain transformers model in eval mode.
 
     Raises:
         CheckpointError: the base cannot be read.
-        PackError: the pack is malformed or was made for another base.
+        PackError: the pack is malformed or was made for another base, or there is none to switch.
+        SwitchError: the switch cannot be read, or was made for other packs.
     """
+    if switch is None or isinstance(switch, Switch) or switch == "auto":
+        model = _load(base, {} if pack is None else {Path(pack).name: pack}, dtype)
+    else:
+        directory = Path(switch)
+        switch, record = read_switch(directory)
+        model = _load(base, recorded_packs(directory, record, pack), dtype)
+    if switch is not None:
+        set_switch(model, switch)
+    return model.to(device).eval()
+
+
+def _load(base: str | Path, packs: Mapping[str, str | Path], dtype: torch.dtype | None) -> PreTrainedModel:
     directory = resolve_base(base)
-    if pack is None:
+    if not packs:
         model = pretrained(Checkpoint.open(directory), dtype)
         find_expansion(model)
-    else:
-        opened, held = open_base(directory), open_pack(pack)
-        check_pack(held, opened)
-        model = pretrained(opened.checkpoint, dtype)
-        attach_checked(model, held, base_state(model), Path(pack).name)
-    return model.to(device).eval()
+        return model
+    opened, held = open_base(directory), {name: open_pack(pack) for name, pack in packs.items()}
+    for pack in held.values():
+        check_pack(pack, opened)
+    model = pretrained(opened.checkpoint, dtype)
+    for name, pack in held.items():
+        attach_checked(model, pack, state_for(model, pack), name)
+    return model
 
 
 def model_class(where: Path) -> tuple[PretrainedConfig, Any]:

@@ -47,7 +47,7 @@ def attach(model: PreTrainedModel, pack: str | Path, name: str | None = None) ->
         PackError: the pack is malformed or was made for another base, or the name is taken.
     """
     held = open_pack(pack)
-    state = _state_for(model, held)
+    state = state_for(model, held)
     _check_base(model, state, held)
     return attach_checked(model, held, state, name or Path(pack).name)
 
@@ -144,8 +144,8 @@ def _named(model: PreTrainedModel, names: tuple[str, ...] | list[str]) -> State:
     return state
 
 
-def _state_for(model: PreTrainedModel, pack: Pack) -> State:
-    """A pack of the stage that is attached goes beside it, one of the next stage on top of it."""
+def state_for(model: PreTrainedModel, pack: Pack) -> State:
+    """Return what a pack is added to: one of the stage that is attached goes beside it, the next on top."""
     state = find_state(model)
     refuse_bypassed(state)
     if state and state.stage == pack.expansion.stage:

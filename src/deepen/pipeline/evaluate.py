@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 
-from deepen.config import Recipe, TextSet
+from deepen.checkpoint import write_file
+from deepen.config import EvaluateSection, Recipe, TextSet
 from deepen.errors import EvaluationError, OutputError
 from deepen.evaluation.suites import TaskSpec, task_specs
 from deepen.evaluation.suites.programs import program_scorers
 from deepen.pipeline.backend import Backend, find_backends
 from deepen.pipeline.chat import ChatJob, ChatSettings, chat_jobs, score_chat
-from deepen.pipeline.losses import score_subject
+from deepen.pipeline.losses import load_text_sets, score_subject
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.subject import Subject, find_subject, open_run_recipe
-from deepen.records import EvaluationRecord, Metric, Role, read_record
+from deepen.pipeline.switched import load_switched, measure_switch
+from deepen.records import EvaluationRecord, Metric, Role, SwitchEvaluation, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class Request:
         tasks: of the harness, or described by files.
         texts: whose held-out loss is measured, and must be kept.
         domain_texts: the same of texts whose loss must fall.
+        switch: `auto`, or the directory of a switch, to be measured on the texts; None: none.
         chat: questions and tasks asked in conversation.
         local: directory of local copies of datasets.
         limit: documents of each task; None: all.
@@ -47,6 +50,7 @@ class Request:
     tasks: tuple[TaskSpec, ...] = ()
     texts: tuple[TextSet, ...] = ()
     domain_texts: tuple[TextSet, ...] = ()
+    switch: str | None = None
     chat: ChatSettings = field(default_factory=ChatSettings)
     local: Path | None = None
     limit: int | None = None
@@ -67,12 +71,14 @@ class Evaluation:
         metrics: of held-out texts, then of tasks in the order asked for.
         failures: tasks that could not be evaluated, with the reason.
         out: where results lie; None where they were not kept.
+        switch: what came of the switch.
     """
 
     subject: Subject
     metrics: list[Metric]
     failures: list[str]
     out: Path | None
+    switch: SwitchEvaluation | None = None
 
 
 def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evaluation:
@@ -93,6 +99,7 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
     device = choose_device(request.device)
     with _kept(request.out) as out:
         metrics = [*held, *score_subject(subject, _with_roles(request), out / "texts.json", device, reporter)]
+        switched = _switched(request, subject, out, device, reporter)
         failures: list[str] = []
         if request.tasks:
             scored, failures = _task_metrics(subject, request, backends, out, reporter)
@@ -110,7 +117,33 @@ def evaluate_model(request: Request, reporter: Reporter | None = None) -> Evalua
             )
             metrics += [metric for record in records for metric in record.metrics]
             failures += failed
-    return Evaluation(subject=subject, metrics=metrics, failures=failures, out=request.out)
+    return Evaluation(subject=subject, metrics=metrics, failures=failures, out=request.out, switch=switched)
+
+
+def _switched(
+    request: Request, subject: Subject, out: Path, device: torch.device, reporter: Reporter
+) -> SwitchEvaluation | None:
+    """Measure the switch on the texts that are asked for, or on those of a run's recipe."""
+    if request.switch is None:
+        return None
+    asked = _with_roles(request) or _recipe_texts(request.target)
+    if not asked:
+        raise EvaluationError("--switch: no text to decide on; give --text and --domain-text")
+    texts = load_text_sets(subject.model.tokenizer, asked, EvaluateSection().max_tokens)
+    reporter.stage("loading the model with its switch")
+    model = load_switched(request.target, subject, request.switch, device)
+    names = (subject.model.name, subject.base or subject.model.name, request.switch)
+    found = measure_switch(model, texts, reporter, names=names)
+    write_file(out / "switch.json", found.model_dump_json(indent=1) + "\n")
+    return found
+
+
+def _recipe_texts(target: str) -> list[tuple[Role, TextSet]]:
+    recipe = open_run_recipe(Path(target)) if Path(target).is_dir() else None
+    if recipe is None:
+        return []
+    general: list[tuple[Role, TextSet]] = [("general", text) for text in recipe.evaluate.general]
+    return general + [("domain", text) for text in recipe.evaluate.domain]
 
 
 def _refuse_same_names(request: Request, jobs: list[ChatJob], held: list[Metric]) -> None:
@@ -126,7 +159,8 @@ def _refuse_same_names(request: Request, jobs: list[ChatJob], held: list[Metric]
 
 
 def _asks(request: Request) -> bool:
-    return bool(request.tasks or request.texts or request.domain_texts or request.chat)
+    texts = request.texts or request.domain_texts or request.switch
+    return bool(request.tasks or texts or request.chat)
 
 
 def _with_roles(request: Request) -> list[tuple[Role, TextSet]]:

@@ -114,17 +114,22 @@ def load_text_sets(
     names = [text.label for _, text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"evaluate: more than one text is called {', '.join(twice)}; rename a file")
-    tokenizer = load_tokenizer(directory)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST_WINDOW
+    tokenizer, length = load_tokenizer(directory), longest_window(directory)
     return [
         load_evaluation_text(
             read_documents(text, cache=default_cache() / "hub"),
             tokenizer,
             task=text.label,
             role=role,
-            sequence_length=min(longest, _LONGEST_WINDOW),
+            sequence_length=length,
             max_tokens=max_tokens,
         )
         for role, text in texts
     ]
+
+
+def longest_window(directory: Path) -> int:
+    """Return the tokens of a window of such a text: as many as the model has positions, up to 2,048."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST_WINDOW
+    return min(int(longest), _LONGEST_WINDOW)

@@ -101,6 +101,18 @@ def take_apart(subject: Subject) -> Subject:
     return replace(subject, apart=_plain(subject.base, where))
 
 
+def pack_directory(pack: str) -> str:
+    """Return where a pack lies: of a run, what it saved; anything else is returned as it is.
+
+    Raises:
+        DataError: the run is not finished.
+    """
+    path = Path(pack)
+    if path.is_dir() and open_run_recipe(path):
+        return str(path / read_result(path).outputs[0])
+    return pack
+
+
 def _of_pack(pack: Path, base: str | None) -> Subject:
     opened = open_pack(pack)
     where = _base_directory(base or opened.expansion.base, pack)

@@ -33,6 +33,14 @@ from deepen.records.results import (
 )
 from deepen.records.stop import EarlyStop
 from deepen.records.study import AnyStudy, CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
+from deepen.records.switch import (
+    SwitchCost,
+    SwitchEvaluation,
+    SwitchPack,
+    SwitchRecord,
+    SwitchRow,
+    SwitchTally,
+)
 from deepen.records.tasks import ScoredItem, ScoredTask, TaskRecord, TaskScores
 from deepen.records.worth import BlockWorth, PathPoint, WorthRecord
 
@@ -78,6 +86,12 @@ __all__ = [
     "StudyRecord",
     "StudyRow",
     "StudyScore",
+    "SwitchCost",
+    "SwitchEvaluation",
+    "SwitchPack",
+    "SwitchRecord",
+    "SwitchRow",
+    "SwitchTally",
     "TaskAnswers",
     "TaskRecord",
     "TaskScores",
