@@ -9,29 +9,33 @@ from deepen.errors import ChatError
 
 app = new_app()
 
+Model = Annotated[
+    str, typer.Argument(help="A run, a block pack, an adapter, or a checkpoint (directory or hub id).")
+]
+Base = Annotated[str | None, typer.Option(help="The base, where the model does not say it or it has moved.")]
+Packs = Annotated[
+    list[str] | None, typer.Option(help="A block pack, or a run, to put on the model; may be repeated.")
+]
+SwitchBy = Annotated[
+    str | None,
+    typer.Option(help="Decide for each question which pack answers: auto, or a switch's directory."),
+]
+Template = Annotated[
+    str | None, typer.Option(help="Chat template: a name or a .jinja file; default: the tokenizer's own.")
+]
+
 
 @app.command()
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="A run, a block pack, an adapter, or a checkpoint (directory or hub id).")
-    ],
-    base: Annotated[
-        str | None, typer.Option(help="The base, where the model does not say it or it has moved.")
-    ] = None,
-    pack: Annotated[
-        list[str] | None, typer.Option(help="A block pack, or a run, to put on the model; may be repeated.")
-    ] = None,
-    switch: Annotated[
-        str | None,
-        typer.Option(help="Decide for each question which pack answers: auto, or a switch's directory."),
-    ] = None,
+    model: Model,
+    base: Base = None,
+    pack: Packs = None,
+    switch: SwitchBy = None,
     compare: Annotated[bool, typer.Option("--compare", help="Let the base answer beside it.")] = False,
     web: Annotated[bool, typer.Option("--web", help="Serve a page that compares them in a browser.")] = False,
     host: Annotated[str, typer.Option(help="Address the page is served at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any.")] = 7860,
-    template: Annotated[
-        str | None, typer.Option(help="Chat template: a name or a .jinja file; default: the tokenizer's own.")
-    ] = None,
+    template: Template = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     temperature: Annotated[
         float, typer.Option(min=0, max=5, help="0: always the most probable token.")
