@@ -421,12 +421,15 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(tiny_llama, tmp_path,
     recipe.write_text(RECIPE.format(base=tiny_llama(), output=tmp_path / "run", text=text))
     facts = plan(capsys, recipe, "--device", "rtx4090")
     assert facts["job"]["steps"] == 2
+    facts = plan(capsys, tiny_llama("other"), "--blocks", "1", "--sequence", "32", "--batch-tokens", "2e3")
+    assert facts["job"]["windows_per_step"] == 62
     small = replace(find_device("cpu"), memory=1000)
     monkeypatch.setattr(cost_module, "this_device", lambda _: small)
-    assert main(["run", str(recipe)]) == 2
-    said = capsys.readouterr().err
-    assert "needs at least" in said
-    assert "--force" in said
+    for more in ([], ["--resume"]):  # what has not begun is not gone on with
+        assert main(["run", str(recipe), *more]) == 2
+        said = capsys.readouterr().err
+        assert "needs at least" in said
+        assert "--force" in said
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(cost_module, "this_device", lambda _: find_device("cpu"))
     assert main(["run", str(recipe)]) == 2  # it goes on, to what else is wrong: the base has no tokenizer

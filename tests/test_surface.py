@@ -1,6 +1,7 @@
 """What users hold on to: public names and commands. `make snapshots` accepts a change."""
 
 import inspect
+import sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -17,7 +18,8 @@ ROOMS = sorted(module.name for module in iter_modules(deepen.__path__) if module
 
 
 def load_generate():
-    """Import docs/generate.py, which is no part of a package."""
+    """Import docs/generate.py, which is no part of a package, with what lies beside it."""
+    sys.path.append(str(ROOT / "docs"))
     spec = spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -22,7 +22,9 @@ def plan(
     placement: Annotated[str, typer.Option(help="interleaved, suffix or prefix.")] = "interleaved",
     method: Annotated[str, typer.Option(help="blocks, full, lora, freeze, moe, scale or prompt.")] = "blocks",
     sequence: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 4096,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an optimiser step.")] = 262_144,
+    batch_tokens: Annotated[
+        float, typer.Option(min=1, help="Tokens of an optimiser step, e.g. 4e6.")
+    ] = 262_144,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Windows of a forward pass.")] = None,
     tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on, e.g. 2e9.")] = 1e9,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",

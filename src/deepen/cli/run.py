@@ -40,7 +40,7 @@ def run(
         return
     # None of these imports torch: what is wrong with the recipe or the output is said at once.
     from deepen.config import load_recipe
-    from deepen.pipeline.directory import check_run
+    from deepen.pipeline.directory import RunDirectory, check_run
     from deepen.pipeline.plan import plan_run
 
     asked = load_recipe(recipe, settings or [])
@@ -49,8 +49,8 @@ def run(
         return
     result = check_run(asked, resume=resume, overwrite=overwrite)
     if result is None:
-        plan = plan_run(asked)
-        if not (force or resume):
+        plan, begun = plan_run(asked), resume and RunDirectory(Path(asked.output)).recipe.exists()
+        if not (force or begun):
             _check_fits(plan)
     # A process that is not alone tells the others that there is nothing to do.
     alone = not launched()
