@@ -17,6 +17,7 @@ import annotated_types
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from study_results import figures, filled_pages
 
 from deepen import cli
 from deepen.config.recipe import Recipe
@@ -36,6 +37,7 @@ def pages() -> dict[str, str]:
         "cli.md": _NOTE.format(source="src/deepen/cli/") + cli_page(),
         "families.md": _NOTE.format(source="src/deepen/families/*.toml") + families_page(),
         "conversations.md": _with_results(DOCS / "conversations.md", _record_table("stories260k-alpaca")),
+        **filled_pages(DOCS, RECORDS),
     }
 
 
@@ -436,4 +438,6 @@ def _names(names: Iterable[str]) -> str:
 if __name__ == "__main__":
     for page, content in pages().items():
         (DOCS / page).write_text(content)
+    for name, drawing in figures(RECORDS).items():
+        (DOCS / "images" / name).write_text(drawing)
     (ROOT / "README.md").write_text(readme())

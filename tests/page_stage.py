@@ -171,8 +171,12 @@ class Stage:
     def provide(self, words: list[str]) -> None:
         """Put in place what a command reads and nothing on the page has made."""
         for option, value in zip(["", *words], words, strict=False):
-            if option in ("--text", "--domain-text", "--measure"):
+            if option in ("--text", "--domain-text", "--measure", "--general"):
                 write_text(self.root / value)
+            elif option == "--pack" and ":" in value:  # NAME=PACK:TEXTS
+                pack, _, texts = value.partition("=")[2].partition(":")
+                self._provide_model(pack)
+                write_text(self.root / texts)
             else:
                 self._provide_model(value)
 
@@ -187,7 +191,7 @@ class Stage:
             shutil.copytree(self.theatre.base, target)
         elif word in HUB_IDS:
             self._put_into_the_hub_cache(word)
-        elif re.fullmatch(r"packs/\w+|PACK", word):
+        elif re.fullmatch(r"packs/\w+|PACK|law|maths", word):
             shutil.copytree(self.theatre.run / "blocks", target)
         elif re.fullmatch(r"(expanded|other)/", word):
             shutil.copytree(self.theatre.run / "model", target)

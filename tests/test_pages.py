@@ -83,7 +83,8 @@ def run_shell(block: Block, stage: Stage, monkeypatch) -> None:
 
 
 # Each of these takes ten seconds or more of a core, most of them for `deepen plan`.
-SLOW = {f"docs/{page}.md" for page in ("plan", "layout-and-rate", "one-gpu", "eight-gpus", "how-much-data")}
+PLANS = ("plan", "layout-and-rate", "one-gpu", "eight-gpus", "how-much-data")
+SLOW = {f"docs/{page}.md" for page in (*PLANS, "worth", "own-data")}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,7 @@ KINDS = {
     "also": KnowledgeRecipe,
     "tasks": ContinualRecipe,
     "trace": ContinualRecipe,
+    "deltas": ContinualRecipe,
 }
 METHOD = {"name": "a", "method": "full", "learning_rate": 1e-3}
 # A whole one of each kind that pages show parts of.
@@ -161,5 +163,7 @@ def test_yaml_blocks_are_valid(block, tmp_path):
     kind = next((kind for key, kind in KINDS.items() if key in content), Recipe)
     if "base" not in content and kind in WHOLE:
         content = merged(WHOLE[kind], content)
+    if kind is ContinualRecipe and "tasks" not in content:
+        content.setdefault("trace", "t")
     (tmp_path / "block.yaml").write_text(yaml.safe_dump(content))
     load_document(tmp_path / "block.yaml", kind)

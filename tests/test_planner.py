@@ -137,7 +137,10 @@ def test_the_plan_is_what_pytorch_allocates_and_computes(name, config):
     )
 
 
-@pytest.mark.parametrize("name", ANCHORED)
+@pytest.mark.parametrize(
+    "name",
+    ["interleaved", *(pytest.param(n, marks=pytest.mark.slow) for n in ANCHORED if n != "interleaved")],
+)
 def test_what_an_anchor_adds_is_planned_too(name, config):
     layout, options = ANCHORED[name]
     job = job_of(config, layout, **options)

@@ -9,6 +9,7 @@ from deepen.cli.output import print_json
 from deepen.errors import EvaluationError
 
 if TYPE_CHECKING:
+    from deepen.config import TextSet
     from deepen.evaluation.chat import Judge
     from deepen.pipeline.evaluate import Evaluation
     from deepen.records import Metric, SwitchEvaluation
@@ -86,7 +87,6 @@ def evaluate(
 ) -> None:
     """Score a model and its base on the same items: benchmarks, held-out loss of texts, conversations."""
     # None imports torch: a suite that does not exist is said at once.
-    from deepen.config import TextSet
     from deepen.evaluation.suites import task_specs
 
     specs = task_specs(suite or [], task or [])
@@ -102,8 +102,8 @@ def evaluate(
             target=model,
             base=base,
             tasks=specs,
-            texts=tuple(TextSet(path=path) for path in text or []),
-            domain_texts=tuple(TextSet(path=path) for path in domain_text or []),
+            texts=_sets(text),
+            domain_texts=_sets(domain_text),
             switch=switch,
             chat=ChatSettings(
                 questions=chat, judge=judging, tools=tools, turns=turns, max_new_tokens=max_new_tokens
@@ -120,6 +120,12 @@ def evaluate(
         found = evaluate_model(request, reporter)
     _report(found, as_json)
     _fail(found.failures)
+
+
+def _sets(paths: list[str] | None) -> "tuple[TextSet, ...]":
+    from deepen.config import TextSet
+
+    return tuple(TextSet(path=path) for path in paths or [])
 
 
 def _judge(questions: Path | None, url: str | None, name: str | None) -> "Judge | None":
