@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 # Drawn in these colours, which then become the page's own, light or dark.
 INK, MUTED, GENERAL, DOMAIN, _RULE = "#010101", "#020202", "#030303", "#040404", "#0b0b0b"
-SERIES = ("#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a")
+SERIES = ("#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0c0c0c")
 _PAGE_COLOURS = {
     INK: "currentColor",
     MUTED: "var(--faint)",
@@ -83,7 +83,7 @@ def _inline(svg: str, name: str, title: str, description: str) -> Markup:
     # Older matplotlib writes the shorthand `font: 12px …`, newer the two properties.
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body).replace("xlink:href", "href")
-    body = re.sub(r"#0[0-9ab]0[0-9ab]0[0-9ab]\b", lambda found: _PAGE_COLOURS.get(found[0], found[0]), body)
+    body = re.sub(r"#0[0-9a-c]0[0-9a-c]0[0-9a-c]\b", lambda found: _PAGE_COLOURS.get(found[0], found[0]), body)
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body))
     body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     labels = (
