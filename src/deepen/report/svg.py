@@ -83,7 +83,7 @@ def _inline(svg: str, name: str, title: str, description: str) -> Markup:
     # Older matplotlib writes the shorthand `font: 12px …`, newer the two properties.
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body).replace("xlink:href", "href")
-    body = re.sub(r"#0[0-9a-c]0[0-9a-c]0[0-9a-c]\b", lambda found: _PAGE_COLOURS.get(found[0], found[0]), body)
+    body = re.sub(r"#(?:0[0-9a-c]){3}\b", lambda found: _PAGE_COLOURS.get(found[0], found[0]), body)
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body))
     body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     labels = (
