@@ -92,6 +92,7 @@ def products(job):
     return counter.get_total_flops() / job.length
 
 
+@pytest.mark.slow
 def test_a_job_that_parts_its_documents_stores_a_mask_and_computes_the_same(config):
     plain = job_of(config, INTERLEAVED)
     whole, parted = (measure(replace(plain, document_masks=m), find_device("cpu")) for m in (False, True))
@@ -114,7 +115,12 @@ ANCHORED = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+SELDOM = ("suffix, two passes", "interleaved, again", "lora")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SELDOM)) for name in REAL]
+)
 def test_the_plan_is_what_pytorch_allocates_and_computes(name, config):
     layout, options = REAL[name]
     job = job_of(config, layout, **options)

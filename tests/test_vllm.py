@@ -53,6 +53,7 @@ def items(out, name):
     return [json.loads(line) for line in (out / "items" / f"{name}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_greedy_answers_and_figures_are_those_of_transformers(place, tmp_path, stub, capsys):
     assert evaluate(place, tmp_path / "ours") == 0
     assert not stub.started
