@@ -1,11 +1,19 @@
 """`deepen blocks prune`, `damp`, `average`, `worth`, `effects`: what is done with blocks after training."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from deepen.cli.output import human_count, print_json, table_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deepen.records.record import Record
+
+R = TypeVar("R", bound="Record")
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -112,7 +120,6 @@ def worth(
     points = tuple(_number(part, "--alphas") for part in alphas.split(","))
     with display() as reporter:
         reporter.stage("starting")
-        from deepen.checkpoint import write_file
         from deepen.config import TextSet
         from deepen.pipeline.evaluate import choose_device
         from deepen.pipeline.worth import WorthRequest, measure_worth
@@ -129,14 +136,8 @@ def worth(
             device=choose_device(device),
         )
         record = measure_worth(request, reporter)
-        if out is not None:
-            write_file(out, record.model_dump_json(indent=1) + "\n")
-        if html is not None:
-            write_worth_page(record, html)
-    if as_json:
-        print_json(record.model_dump(mode="json"))
-        return
-    print_worth(record, table_console())
+        _keep(record, out, html, write_worth_page)
+    _show(record, as_json, print_worth)
 
 
 def effects(
@@ -164,7 +165,6 @@ def effects(
 
     with display() as reporter:
         reporter.stage("starting")
-        from deepen.checkpoint import write_file
         from deepen.config import TextSet
         from deepen.pipeline.effects import EffectsRequest, explain_blocks
         from deepen.pipeline.evaluate import choose_device
@@ -180,16 +180,25 @@ def effects(
             device=choose_device(device),
         )
         record = explain_blocks(request, reporter)
-        if out is not None:
-            write_file(out, record.model_dump_json(indent=1) + "\n")
-        if html is not None:
-            write_effects_page(record, html)
+        _keep(record, out, html, write_effects_page)
+    _show(record, as_json, print_effects)
+
+
+def _keep(record: R, out: Path | None, html: Path | None, write_page: Callable[[R, Path], Path]) -> None:
+    """Write a record, and its page, where they are asked for."""
+    from deepen.checkpoint import write_file
+
+    if out is not None:
+        write_file(out, record.model_dump_json(indent=1) + "\n")
+    if html is not None:
+        write_page(record, html)
+
+
+def _show(record: R, as_json: bool, print_tables: "Callable[[R, Console], None]") -> None:
     if as_json:
         print_json(record.model_dump(mode="json"))
-        return
-    from rich.console import Console
-
-    print_effects(record, Console())
+    else:
+        print_tables(record, table_console())
 
 
 def _alpha(text: str) -> float | dict[int, float]:

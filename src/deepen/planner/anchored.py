@@ -14,7 +14,7 @@ from deepen.planner.ghost import Ghost
 from deepen.planner.job import Job
 from deepen.training.anchor import Anchor, BaseOf
 from deepen.training.interface import Batch
-from deepen.training.prefix import Prefix
+from deepen.training.prefix import Prefix, frozen_below
 
 
 def anchor_of(ghost: Ghost, job: Job, run: Callable[[], object]) -> Anchor | None:
@@ -50,8 +50,7 @@ def _base_of(ghost: Ghost, job: Job) -> BaseOf:
 def _shared(ghost: Ghost, run: Callable[[], object]) -> Prefix | None:
     """Return what lies below the first block that trains; it is not proven that the rest needs no more."""
     blocks = ghost.blocks
-    trains = (any(p.requires_grad for p in block.parameters()) for block in blocks)
-    depth = next((index for index, found in enumerate(trains) if found), 0)
+    depth = frozen_below(blocks)
     left: list[Any] = []
 
     def note(module: nn.Module, given: Any, returned: Any) -> None:

@@ -10,7 +10,7 @@ Equal to the bit where a window's states do not depend on the windows beside it 
 window a pass (`train.micro_batch: 1`), else as far as the device's kernels go.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +101,7 @@ def find_prefix(model: PreTrainedModel, autocast: torch.dtype | None = None) -> 
     """
     family = family_of(model)
     blocks = blocks_of(model, family)
-    depth = next((i for i, block in enumerate(blocks) if _trains(block)), 0)
+    depth = frozen_below(blocks)
     if depth == 0:
         raise _refusal("nothing lies below the first block that trains")
     entry = _FirstEntry(blocks[depth])
@@ -246,6 +246,11 @@ def _random_state(device: torch.device) -> bytes:
 
 def _refusal(reason: str) -> TrainingError:
     return TrainingError(f"train.prefix_cache: {reason}\nset train.prefix_cache to none")
+
+
+def frozen_below(blocks: Iterable[nn.Module]) -> int:
+    """Return how many blocks lie below the first that trains; 0 where none does."""
+    return next((index for index, block in enumerate(blocks) if _trains(block)), 0)
 
 
 def _trains(block: nn.Module) -> bool:
