@@ -79,8 +79,8 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
         "unit_rates": None,
         "max_general_loss": None,
     },
-    "balanced": {"anchor": {"source": "self", "share": 0.25, "weight": 1.0}},
-    "keep": {"anchor": {"source": "self", "share": 0.25, "weight": 4.0}},
+    "balanced": {"anchor": {"source": "self", "share": 0.125, "weight": 1.0}},
+    "keep": {"anchor": {"source": "self", "share": 0.5, "weight": 4.0}},
 }
 """What `train.preset` sets where the recipe says nothing; a section is filled up key by key."""
 
