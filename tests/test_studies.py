@@ -25,10 +25,19 @@ from deepen.expansion.layout import least_important
 from deepen.pipeline import baseline
 from deepen.pipeline import run as pipeline_run
 from deepen.pipeline.reporter import Silent
-from deepen.records import EvaluationRecord, ImportanceRecord, RunFacts, StudyRecord, read_record
+from deepen.records import (
+    Difference,
+    EvaluationRecord,
+    ImportanceRecord,
+    RunFacts,
+    StudyPair,
+    StudyRecord,
+    read_record,
+)
 from deepen.report import render_study
 from deepen.studies import engine
 from deepen.studies.engine import Share, run_cells
+from deepen.studies.pairs import study_pairs
 from deepen.studies.study import collect_study, compute_study, open_study
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +175,42 @@ def test_the_table_is_of_the_reported_texts_and_of_all_seeds(finished):
         assert row.tokens == 4 * 128
         assert row.flops > 0
         assert row.curve[-1][0] == row.tokens
+
+
+def test_rows_are_paired_with_each_other_on_the_same_items(finished):
+    study, *_ = finished
+    record = collect_study(study)
+    (pair,) = record.pairs
+    assert (pair.row, pair.other, pair.seeds) == ("blocks", "lora", SEEDS)
+    blocks, lora = record.rows
+    assert pair.learned.delta == pytest.approx(blocks.domain_score.delta - lora.domain_score.delta)
+    assert pair.kept.delta == pytest.approx(blocks.general.delta - lora.general.delta)
+    # One seed alone is what `deepen compare` says of the two runs.
+    alone = [row.model_copy(update={"seeds": row.seeds[:1], "cells": row.cells[:1]}) for row in record.rows]
+    (pair,) = study_pairs(alone, study.store)
+    compared = compare_runs([study.store.study / row.cells[0] for row in reversed(alone)])
+    names = [column.name for column in compared.columns]
+    for found, name in ((pair.learned, "heldout"), (pair.kept, "general")):
+        expected = compared.rows[2].cells[names.index(name)].from_first
+        assert (found.delta, found.ci_low) == pytest.approx((expected.delta, expected.ci_low))
+
+
+@pytest.mark.parametrize(
+    ("learned", "kept", "better"),
+    [
+        ((-0.2, -0.1), (-0.2, -0.1), "one"),
+        ((0.1, 0.2), (0.1, 0.2), "other"),
+        ((-0.2, -0.1), (0.1, 0.2), None),
+        ((-0.2, -0.1), (-0.2, 0.1), None),
+        ((-0.2, -0.1), None, None),
+    ],
+)
+def test_a_row_is_beaten_where_both_intervals_are_clear_of_zero(learned, kept, better):
+    def gap(ends):
+        return ends and Difference(delta=sum(ends) / 2, ci_low=ends[0], ci_high=ends[1])
+
+    pair = StudyPair(domain="d", row="one", other="other", seeds=[0], learned=gap(learned), kept=gap(kept))
+    assert pair.better() == better
 
 
 def column_of(run, name):
@@ -328,6 +373,9 @@ KINDS = {
     "baselines-small": BaselinesRecipe,
     "ablation-small": AblationRecipe,
     "continual-small": ContinualRecipe,
+    "forgetting-books-4m": BaselinesRecipe,
+    "forgetting-embedded": BaselinesRecipe,
+    "forgetting-stories260k": BaselinesRecipe,
     "knowledge-small": KnowledgeRecipe,
     "law": BaselinesRecipe,
 }

@@ -32,7 +32,16 @@ from deepen.records.results import (
     read_result,
 )
 from deepen.records.stop import EarlyStop
-from deepen.records.study import AnyStudy, CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
+from deepen.records.study import (
+    AnyStudy,
+    CellRecord,
+    RateChoice,
+    RunFacts,
+    StudyPair,
+    StudyRecord,
+    StudyRow,
+    StudyScore,
+)
 from deepen.records.switch import (
     SwitchCost,
     SwitchEvaluation,
@@ -83,6 +92,7 @@ __all__ = [
     "ScoredTask",
     "SequenceCell",
     "SequenceTaskRecord",
+    "StudyPair",
     "StudyRecord",
     "StudyRow",
     "StudyScore",

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from deepen.records.comparison import Difference
 from deepen.records.provenance import Provenance
 from deepen.records.record import Record
 from deepen.records.results import Metric, Role
@@ -152,6 +153,35 @@ class StudyRow(Record):
     curve: list[tuple[float, float]] = Field(default_factory=list)
 
 
+class StudyPair(Record):
+    """Two rows of a domain on the same items, means over the same seeds: `row` less `other`, nats per token.
+
+    Attributes:
+        domain: label.
+        row: label of the one.
+        other: label of the other.
+        seeds: that both have.
+        learned: difference of domain loss.
+        kept: difference of general loss; None without general texts.
+    """
+
+    domain: str
+    row: str
+    other: str
+    seeds: list[int]
+    learned: Difference
+    kept: Difference | None
+
+    def better(self) -> str | None:
+        """Return the row that learned more and forgot less, both intervals clear of zero; None: neither."""
+        gaps = (self.learned, self.kept)
+        if all(gap and gap.ci_high is not None and gap.ci_high < 0 for gap in gaps):
+            return self.row
+        if all(gap and gap.ci_low is not None and gap.ci_low > 0 for gap in gaps):
+            return self.other
+        return None
+
+
 class StudyRecord(Record):
     """`study.json`: the table of a study, of the cells finished so far.
 
@@ -165,6 +195,7 @@ class StudyRecord(Record):
         waiting: cells not finished, each with the reason.
         matched: parameters that rows of method `lora` and `freeze` were to come near to; None: not asked for.
         rows: row by row within each domain; only rows with a finished cell.
+        pairs: every two rows of a domain beside each other.
         choices: of learning rates; none where there was one rate only.
         provenance: of the first cell; None without one.
         codes: commits of deepen that computed them.
@@ -180,6 +211,7 @@ class StudyRecord(Record):
     waiting: list[str] = Field(default_factory=list)
     matched: int | None = None
     rows: list[StudyRow]
+    pairs: list[StudyPair] = Field(default_factory=list)
     choices: list[RateChoice]
     provenance: Provenance | None
     codes: list[str]

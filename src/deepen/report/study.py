@@ -75,6 +75,7 @@ def render_study(record: StudyRecord) -> str:
         edges=[choice for choice in record.choices if choice.at_edge],
         spread=seed_spread,
         findings=describe_study(record),
+        beaten=beaten(record),
     )
 
 
@@ -101,6 +102,15 @@ def describe_study(record: StudyRecord) -> list[str]:
             line += f"; {least.row} forgot least ({_moved(score)})"
         said.append(line)
     return said
+
+
+def beaten(record: StudyRecord) -> dict[tuple[str, str], list[str]]:
+    """Return (domain, row) -> the rows that learned more and forgot less, both beyond their intervals."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for pair in record.pairs:
+        if better := pair.better():
+            found.setdefault((pair.domain, pair.other if better == pair.row else pair.row), []).append(better)
+    return found
 
 
 def _moved(score: StudyScore) -> str:

@@ -18,6 +18,7 @@ from deepen.studies.cost import Planned, plan_costs
 from deepen.studies.engine import Finished, Outcome, Share, Slot, run_cells
 from deepen.studies.grid import Grid
 from deepen.studies.knowledge.study import KnowledgeStudy, open_knowledge
+from deepen.studies.pairs import study_pairs
 from deepen.studies.table import study_rows
 
 GridKind = Literal["baselines", "ablation"]
@@ -125,6 +126,7 @@ def collect_study(study: Study) -> StudyRecord:
     grid, store, slots = study.grid, study.store, study.slots()
     records = _finished(slots, store)
     choices = (grid.choice(place, store) for place in grid.places)
+    rows = study_rows(grid, store)
     return StudyRecord(
         kind=study.kind,
         name=study.name,
@@ -134,7 +136,8 @@ def collect_study(study: Study) -> StudyRecord:
         finished=sum(record is not None for record in records),
         waiting=[_why(slot) for slot, record in zip(slots, records, strict=True) if record is None],
         matched=study.matched,
-        rows=study_rows(grid, store),
+        rows=rows,
+        pairs=study_pairs(rows, store),
         choices=[choice for choice in choices if choice],
         provenance=next((record.provenance for record in records if record), None),
         codes=sorted({record.code for record in records if record and record.code}),
