@@ -2,9 +2,11 @@
 
     python studies/domains.py DATA DIR         default of DIR: runs/study-text
 
-DATA holds `math/gsm8k-{train,test}.jsonl` (GSM8K), `text/tinyshakespeare.txt` and `law/court-opinions.jsonl`
-(opinions of the US Supreme Court, one a line, its words under `text`). Each becomes training text, held-out
-text that chooses learning rates, and held-out text that is reported; no document is in two of them.
+DATA holds `math/gsm8k-{train,test}.jsonl` (GSM8K), `text/tinyshakespeare.txt`, `text/tinystories.txt` and
+`law/court-opinions.jsonl` (opinions of the US Supreme Court, one a line, its words under `text`). Each domain
+becomes training text, held-out text that chooses learning rates, and held-out text that is reported; no
+document is in two of them. Of the stories, which are general text, the last quarter is written: their
+beginning is what is evaluated.
 """
 
 import json
@@ -30,6 +32,8 @@ def main(data: Path, directory: Path) -> None:
     write(directory / "law-reported.jsonl", cut(opinions, HELDOUT))
     write(directory / "law-tuning.jsonl", cut(opinions[HELDOUT:], HELDOUT))
     write(directory / "law.jsonl", up_to(opinions[2 * HELDOUT :]))
+    stories = (data / "text" / "tinystories.txt").read_text("utf-8")
+    write(directory / "stories.jsonl", list(passages(stories[-len(stories) // 4 :])))
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -44,7 +48,7 @@ def problems(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def passages(text: str) -> Iterator[tuple[str, str]]:
-    """Yield whole speeches, as many as make a document."""
+    """Yield whole speeches or paragraphs, as many as make a document."""
     passage = ""
     for speech in text.split("\n\n"):
         passage += f"{speech}\n\n"

@@ -285,6 +285,26 @@ def test_only_what_decides_a_result_is_in_its_key(place, tmp_path, finished):
     assert keys(machine) == known
 
 
+def test_the_anchor_of_a_row_counts_by_its_contents(place, tmp_path):
+    def key(words, name):
+        (tmp_path / name).write_text(json.dumps({"text": words}) + "\n")
+        anchored = {"train": {"anchor": {"source": "general"}}, "learning_rates": [1e-3]}
+        sources = {"anchor": [{"name": "kept", "path": str(tmp_path / name)}]}
+        study = open_study(
+            "baselines",
+            recipe(
+                place,
+                methods={"blocks": {"expand": {"blocks": 1}, **anchored, "data": sources}},
+                match=None,
+            ),
+            None,
+        )
+        return study.slots()[0].cell.key
+
+    assert key("some words " * 50, "a.jsonl") == key("some words " * 50, "b.jsonl")
+    assert key("some words " * 50, "a.jsonl") != key("other words " * 50, "a.jsonl")
+
+
 def test_a_diverged_cell_is_said_and_in_no_mean(place, tmp_path, monkeypatch):
     """The rate that blows up is no choice; a seed that does is left out of its row."""
     path = recipe(
@@ -375,6 +395,7 @@ KINDS = {
     "continual-small": ContinualRecipe,
     "forgetting-books-4m": BaselinesRecipe,
     "forgetting-embedded": BaselinesRecipe,
+    "forgetting-parts": BaselinesRecipe,
     "forgetting-stories260k": BaselinesRecipe,
     "knowledge-small": KnowledgeRecipe,
     "law": BaselinesRecipe,

@@ -85,6 +85,9 @@ class MethodSection(Section):
     train: dict[str, Any] = Field(default_factory=dict)
     """Keys of `train` that make the row, such as `method`; they win over those of `run`."""
 
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Keys of `data` that make the row, such as `anchor`; they win over those of `run`."""
+
     learning_rates: Rates | None = None
     """Its own grid; default: the study's."""
 

@@ -1,6 +1,5 @@
 """`deepen study baselines`: methods at equal tokens and, where they can be, equal trained parameters."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from deepen.config import BaselinesRecipe, MethodSection
@@ -38,8 +37,7 @@ def _row(study: BaselinesRecipe, label: str, wanted: int | None) -> Row:
 
 def _settings(method: MethodSection) -> dict[str, Any]:
     expand = method.expand and method.expand.model_dump(mode="json", exclude_unset=True)
-    train: Mapping[str, Any] = method.train
-    return {"expand": expand, "train": dict(train)}
+    return {"expand": expand, "train": dict(method.train), "data": dict(method.data)}
 
 
 def _trained(study: BaselinesRecipe, label: str) -> int:

@@ -84,8 +84,7 @@ class Grid:
     def _outline(self, place: Place) -> Outline:
         return plan_run(self.recipe(place, place.row.rates[0], self.study.seeds[0]))
 
-    def _read_texts(self, domain: str) -> dict[str, Any]:
-        place = next(place for place in self.places if place.domain == domain)
+    def _read_texts(self, place: Place) -> dict[str, Any]:
         recipe = self.outline(place).recipe
         return text_digests(recipe, corpus_cache(recipe))
 
@@ -94,7 +93,7 @@ class Grid:
             f"{place.domain}-{place.row.label}-rate{rate:g}-seed{seed}",
             self.recipe(place, rate, seed),
             self.outline(place),
-            self._texts(place.domain),
+            self._texts(place),
             keep_models=self.study.keep_models,
         )
 

@@ -30,7 +30,13 @@ from deepen.studies.cells import RECORD, Cell, Computed
 _VERSION: Final = 1
 BLOCKS: Final = "blocks"
 _WEIGHTS: Final = ("checkpoints", "model", "adapter")
-_PLACES: Final = (("data", "sources"), ("sft", "data"), ("evaluate", "general"), ("evaluate", "domain"))
+_PLACES: Final = (
+    ("data", "sources"),
+    ("data", "anchor"),
+    ("sft", "data"),
+    ("evaluate", "general"),
+    ("evaluate", "domain"),
+)
 
 
 def run_cell(
@@ -113,6 +119,8 @@ def text_digests(recipe: Recipe, cache: Path) -> dict[str, Any]:
         "general": contents(evaluate.general),
         "domain": contents(evaluate.domain),
     }
+    if recipe.data and recipe.data.anchor:
+        found["anchor"] = contents(recipe.data.anchor)
     if recipe.sft:
         sets = [conversation_contents(one, cache) for one in recipe.sft.data]
         found["conversations"] = [[[Path(name).suffix, digest] for name, digest in one] for one in sets]
