@@ -65,7 +65,7 @@ def base(request, tmp_path):
     return LINES[request.param].write(tmp_path / "base")
 
 
-@pytest.mark.parametrize(("base", "zero"), cases(), indirect=["base"])
+@pytest.mark.parametrize(("base", "zero"), list(cases()), indirect=["base"])
 def test_the_function_is_kept(base, zero, tmp_path):
     """On disk and in memory, in every family that says so, and both hold the same tensors."""
     out, before = tmp_path / "out", logits(plain(base))
