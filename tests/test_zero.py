@@ -41,10 +41,9 @@ def loss_of(model):
     return model(TOKENS, labels=TOKENS, use_cache=False).loss
 
 
-def exact_in(name):
-    """The kinds of zero that the family of a line says it has."""
+def family_of(name):
     model_type = getattr(transformers, f"{LINES[name].config}Config").model_type
-    return family_for({"model_type": model_type}).instead
+    return family_for({"model_type": model_type})
 
 
 def cases():
@@ -52,7 +51,7 @@ def cases():
     seen = set()
     for name, line in LINES.items():
         chosen = line.config not in seen or name in BOTH
-        for zero in exact_in(name):
+        for zero in family_of(name).instead:
             seen.add(line.config)
             yield pytest.param(name, zero, marks=() if chosen and line.depth < 6 else pytest.mark.slow)
 
@@ -267,6 +266,12 @@ def test_norms_are_warned_of(tiny_llama, tmp_path):
     (warning,) = expand_checkpoint(base, tmp_path / "a", blocks=1, zero="norms").warnings
     assert "never learns" in warning
     assert not expand_checkpoint(base, tmp_path / "b", blocks=1, zero="reads").warnings
+
+
+def test_every_family_that_says_so_is_tried():
+    tried = {(family_of(name).name, zero) for name in LINES for zero in family_of(name).instead}
+    tried |= {("qwen2_vl", zero) for zero in ("reads", "norms")}  # in `test_towers.py`
+    assert tried == {(family.name, zero) for family in load_families() for zero in family.instead}
 
 
 WRITTEN_BIASES = set(spell_out(["self_attn.{v,o}_proj.bias", "mlp.{up,down}_proj.bias"]))
