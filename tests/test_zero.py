@@ -10,10 +10,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import deepen
-from deepen.blocks import damp_pack, inspect_blocks, merge_pack, prune_pack, stack_packs, unmerge
+from deepen.blocks import (
+    average_packs,
+    damp_pack,
+    inspect_blocks,
+    merge_pack,
+    prune_pack,
+    stack_packs,
+    unmerge,
+)
 from deepen.cli import main
 from deepen.config import LoraSection
-from deepen.errors import FamilyError, LayoutError, TrainingError
+from deepen.errors import FamilyError, LayoutError, PackError, TrainingError
 from deepen.expansion import expand_checkpoint, plan_layout, read_expansion, verify_bytes
 from deepen.families import family_for, family_named, generic, load_families
 from deepen.families.names import spell_out
@@ -160,6 +168,9 @@ def test_packs(tiny_llama, tmp_path, zero):
     stack_packs(base, [pack, other], tmp_path / "stack")
     kinds = [block.zero for block in read_expansion(tmp_path / "stack").new_blocks]
     assert kinds == [zero, None, zero]
+    _, alike = trained(base, tmp_path / "alike", "writes")
+    with pytest.raises(PackError, match="began otherwise"):
+        average_packs([pack, alike], tmp_path / "average")
     prune_pack(pack, tmp_path / "less", without=[1])
     assert [block.zero for block in read_expansion(tmp_path / "less").new_blocks] == [zero]
 
