@@ -332,7 +332,9 @@ def test_an_ablation_has_counts_and_placements_on_its_axes(place, tmp_path, caps
     assert main(["study", "ablation", str(path), "--out", out, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["facts"] for row in rows] == [
-        {"blocks": count, "placement": where} for where in ("interleaved", "suffix") for count in (1, 2)
+        {"blocks": count, "placement": where, "zeroed": "writes"}
+        for where in ("interleaved", "suffix")
+        for count in (1, 2)
     ]
     costs = {each["name"]: each["cost"] for each in planned["cells"]}
     for row in rows:
@@ -342,9 +344,51 @@ def test_an_ablation_has_counts_and_placements_on_its_axes(place, tmp_path, caps
         assert cost["flops"] == pytest.approx(row["flops"], rel=2e-3)
     page = (tmp_path / "study" / "report.html").read_text()
     assert page.count("<svg") == 3  # two over counts, one of curves
-    assert "is not varied" in page
+    assert "begins as the identity: what it writes is zero.<" in page
     assert main(["report", out]) == 0
     assert (tmp_path / "study" / "report.html").read_text() == page
+    record = read_record(tmp_path / "study" / "study.json", StudyRecord)
+    of_reads = [
+        row.model_copy(update={"row": f"{row.row}-reads", "facts": row.facts | {"zeroed": "reads"}})
+        for row in record.rows
+    ]
+    both = render_study(record.model_copy(update={"rows": [*record.rows, *of_reads]}))
+    assert "or where a row says so what it reads" in both
+    assert both.count("suffix, reads zero") == 2  # a line of its own over counts, domain and general
+    # What was collected before there was a choice says nothing of it.
+    old = [
+        row.model_copy(update={"facts": {"blocks": row.facts["blocks"], "placement": row.facts["placement"]}})
+        for row in record.rows
+    ]
+    assert render_study(record.model_copy(update={"rows": old})) == page
+
+
+def test_what_is_zero_is_an_axis_of_the_ablation(place, tmp_path):
+    def cells(*settings):
+        study = open_study("ablation", recipe(place, "ablation"), tmp_path / "study", settings)
+        return {slot.name: slot.cell for slot in study.grid.plan(study.store.finished)}
+
+    alone, both = cells(), cells("zeroed=[writes, reads]")
+    assert list(both)[: len(alone)] == list(alone)
+    assert all(both[name].key == cell.key for name, cell in alone.items())
+    assert list(both)[len(alone) :] == [name.replace("-rate", "-reads-rate") for name in alone]
+    assert len({cell.key for cell in both.values()}) == 2 * len({cell.key for cell in alone.values()})
+    with pytest.raises(RecipeError, match="zeroed"):
+        cells("zeroed=[gates]")
+
+
+def test_how_new_blocks_are_made_is_part_of_a_cell(place, tmp_path):
+    """Where they stand and what they copy was all: rows that differ in no more were one cell."""
+    made = [{}, {"init": "copy", "zero": "writes"}, {"init": "average"}, {"zero": "reads"}]
+    made.append({"init": "average", "zero": "reads"})
+    methods = {f"row{number}": {"expand": {"after": [0]} | each} for number, each in enumerate(made)}
+    study = open_study(
+        "baselines", recipe(place, methods=methods, match=None, seeds=[0], learning_rates=[1e-3]), None
+    )
+    cells = [slot.cell for slot in study.grid.plan(study.store.finished)]
+    assert cells[0].inputs["layout"] == [[0, 0]]  # as ever: what is finished stays finished
+    assert cells[0].key == cells[1].key
+    assert len({cell.key for cell in cells}) == len(made) - 1
 
 
 def test_an_ablation_of_placement_by_importance(place, tmp_path, capsys):

@@ -274,6 +274,14 @@ def test_the_text_tower_grows_and_an_image_is_read_as_before(model: Model, tmp_p
     assert all(name.startswith(f"{min(blocks)}.layers.") for name in apart)
 
 
+@pytest.mark.parametrize("zero", ["reads", "norms"])
+def test_something_else_is_zero(zero: str, tmp_path: Path) -> None:
+    base = MODELS["qwen2_vl"].write(tmp_path / "base")
+    deepen.expand_checkpoint(base, tmp_path / "expanded", after=[0, 2], zero=zero)
+    observed = (observe(tmp_path / name, MODELS["qwen2_vl"]) for name in ("base", "expanded"))
+    assert equal(*observed)
+
+
 @pytest.mark.parametrize("name", ["llava of llama", "gemma3", "qwen2_vl"])
 def test_names_as_in_memory(name: str, tmp_path: Path) -> None:
     base = MODELS[name].write(tmp_path / "base")

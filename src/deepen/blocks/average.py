@@ -116,6 +116,11 @@ def _check_alike(first: Pack, pack: Pack) -> None:
             "which is not the same base"
         )
     if (ours.stage, ours.layout) != (theirs.stage, theirs.layout):
+        if ours.layout.draw() == theirs.layout.draw():
+            raise PackError(
+                f"{pack.directory}: its blocks began otherwise than those of {first.directory} "
+                "(copy_of, init or zero):\nstack them instead (deepen blocks stack)"
+            )
         raise PackError(
             f"{pack.directory}: its blocks stand at {theirs.layout.draw()},\n"
             f"those of {first.directory} at {ours.layout.draw()}: stack them instead (deepen blocks stack)"

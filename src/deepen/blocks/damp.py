@@ -1,6 +1,6 @@
 """What new blocks write to the residual stream made smaller or larger: a pack between base and model.
 
-A residual write w that was filled with f becomes f + α (w − f): at α = 0 the block adds nothing, at 1 it is
+A residual write w that adds nothing at f becomes f + α (w − f): at α = 0 the block adds nothing, at 1 it is
 as it was. Moving all weights between two models this way is WiSE-FT (arXiv 2109.01903, section 3); here only
 the writes move, which is enough for the base to lie at 0.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from deepen.blocks.pack import BLOCKS_NAME, Pack, open_pack
+from deepen.blocks.pack import BLOCKS_NAME, Pack, block_prefix, open_pack, pack_family
 from deepen.blocks.prune import check_blocks
 from deepen.checkpoint import ITEM_BYTES, Tensor, atomic_directory, check_free
 from deepen.errors import PackError
@@ -40,7 +40,7 @@ class DampResult:
 
 
 def damp_pack(pack: str | Path, out: str | Path, *, alpha: Alphas, overwrite: bool = False) -> DampResult:
-    """Write a pack whose residual writes w are f + α (w − f), f being their fill; its record says so.
+    """Write a pack whose residual writes w are f + α (w − f), f being what adds nothing; its record says so.
 
     Computed in float64 and rounded once, to nearest, ties to even. At α = 1 nothing changes; at α = 0 the
     model is the base.
@@ -63,19 +63,18 @@ def damp_pack(pack: str | Path, out: str | Path, *, alpha: Alphas, overwrite: bo
     check_dampable(held.expansion, str(held.directory))
     alphas = _alphas(held, alpha)
     tensors = {tensor.name: tensor for tensor in held.shard.tensors}
-    for block in held.expansion.latest_blocks:
-        _check_writes(held, block, tensors)
+    writes = {block.index: _writes(held, block, tensors) for block in held.expansion.latest_blocks}
     check_space(Path(out), held.shard.path.stat().st_size)
     with atomic_directory(Path(out), overwrite=overwrite, inside=(held.directory,)) as staged:
         shutil.copyfile(held.shard.path, staged / BLOCKS_NAME)
         with (staged / BLOCKS_NAME).open("r+b") as file:
-            for block in held.expansion.latest_blocks:
-                for name, fill in block.filled.items():
-                    _rewrite(file, tensors[name], fill, alphas[block.index])
+            for index, fills in writes.items():
+                for name, fill in fills.items():
+                    _rewrite(file, tensors[name], fill, alphas[index])
         record = damped_record(held.expansion, alphas)
         (staged / MANIFEST_NAME).write_bytes(record.to_json().encode())
-    filled = [name for block in held.expansion.latest_blocks for name in block.filled]
-    scaled = sum(tensors[name].length // ITEM_BYTES[tensors[name].dtype] for name in filled)
+    written = [tensors[name] for fills in writes.values() for name in fills]
+    scaled = sum(tensor.length // ITEM_BYTES[tensor.dtype] for tensor in written)
     return DampResult(directory=Path(out), alphas=alphas, scaled=scaled)
 
 
@@ -120,14 +119,19 @@ def _alphas(pack: Pack, alpha: Alphas) -> dict[int, float]:
     return found
 
 
-def _check_writes(pack: Pack, block: NewBlockRecord, tensors: Mapping[str, Tensor]) -> None:
+def _writes(pack: Pack, block: NewBlockRecord, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the residual writes of a block, whatever of it was filled: tensor name -> what adds nothing."""
     from deepen.blocks.scaling import DAMPED
 
-    for name in block.filled:
-        if name not in tensors:
-            raise PackError(f"{pack.shard.path}: tensor {name!r} is missing")
+    if lost := sorted(block.filled.keys() - tensors.keys()):
+        raise PackError(f"{pack.shard.path}: tensor {lost[0]!r} is missing")
+    family, prefix = pack_family(pack), block_prefix(block, pack.directory)
+    inside = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    fills = {name: value for name, rest in inside.items() if (value := family.fill(rest)) is not None}
+    for name in fills:
         if (dtype := tensors[name].dtype) not in DAMPED:
             raise PackError(f"{pack.shard.path}: tensor {name!r} is {dtype}, which cannot be scaled")
+    return fills
 
 
 def _rewrite(file: BinaryIO, tensor: Tensor, fill: float, alpha: float) -> None:

@@ -35,7 +35,7 @@ class Norm:
     Attributes:
         name: inside the block; `*` for the numbers of experts.
         parameters: number of elements.
-        frobenius: root of the sum of squares: of a residual write, of its distance from its fill; of another
+        frobenius: root of the sum of squares: of what was filled, of its distance from its fill; of another
             tensor, of its distance from the one it copies.
         rms: root of their mean.
         relative: `frobenius` divided by the norm of the tensor of the block it copies; None where that block
@@ -55,7 +55,7 @@ class BlockNorms:
 
     Attributes:
         block: its record.
-        writes: its residual writes, which began at their fill.
+        writes: what was filled in it: its residual writes, unless its record's `zero` says otherwise.
         others: its other tensors, which began as copies; empty where the copied block is not at hand.
         changed: all of `others` taken together.
     """
@@ -118,9 +118,9 @@ class BlocksSummary:
 def inspect_blocks(path: str | Path, base: str | Path | None = None) -> BlocksSummary:
     """Summarise the new blocks of a block pack or an expanded checkpoint; streams their tensors.
 
-    A residual write began at a constant, so that the block added nothing: its distance from it, relative to
-    the norm of the copied block's own, says how much the block writes by now. The other tensors began as
-    copies: their distance from these says how far they have moved.
+    What was filled (residual writes, as a rule) began at a constant, so that the block added nothing: its
+    distance from it, relative to the norm of the copied block's own, says how much the block writes by now.
+    The other tensors began as copies: their distance from these says how far they have moved.
 
     Args:
         path: directory of either, or hub id of a pack.

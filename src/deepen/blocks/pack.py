@@ -35,6 +35,7 @@ from deepen.expansion import (
     open_base,
     read_expansion,
 )
+from deepen.families import Family, family_named
 
 BLOCKS_NAME: Final = "blocks.safetensors"
 
@@ -102,6 +103,14 @@ def block_prefix(block: NewBlockRecord, where: Path) -> str:
         if found:
             return head + number
     raise PackError(f"{where / MANIFEST_NAME}: new block {block.index}: filled names none of its tensors")
+
+
+def pack_family(pack: Pack) -> Family:
+    """Return the family, in the dialect of the pack's names: a pack has no config to ask."""
+    first = pack.expansion.latest_blocks[0]
+    where = f"{pack.directory / MANIFEST_NAME}: family"
+    layers = block_prefix(first, pack.directory).removesuffix(f".{first.index}.")
+    return replace(family_named(pack.expansion.family, where), layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepen.blocks.pack import BLOCKS_NAME, Pack, block_prefix, open_pack
+from deepen.blocks.pack import BLOCKS_NAME, Pack, open_pack, pack_family
 from deepen.checkpoint import atomic_directory, check_free
 from deepen.errors import PackError
 from deepen.expansion import (
@@ -20,7 +20,6 @@ from deepen.expansion import (
     with_blocks,
     write_weights,
 )
-from deepen.families import Family, family_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ def prune_pack(
     held = open_pack(pack)
     held.check_names()
     blocks = _left(held, without)
-    family = _family(held)
+    family = pack_family(held)
     # Digests of the packs it was stacked from would no longer be its own.
     expansion = with_blocks(held.expansion, blocks, family).model_copy(update={"packs": {}})
     moved = dict(zip((b.index for b in blocks), (b.index for b in expansion.latest_blocks), strict=True))
@@ -112,11 +111,3 @@ def check_blocks(pack: Pack, named: Collection[int]) -> None:
 
 def _listed(indices: Collection[int]) -> str:
     return ", ".join(map(str, sorted(indices)))
-
-
-def _family(pack: Pack) -> Family:
-    """The family, in the dialect of the pack's names: a pack has no config to ask."""
-    first = pack.expansion.latest_blocks[0]
-    where = f"{pack.directory / MANIFEST_NAME}: family"
-    layers = block_prefix(first, pack.directory).removesuffix(f".{first.index}.")
-    return replace(family_named(pack.expansion.family, where), layers=layers)

@@ -58,6 +58,9 @@ def expand(
     init: Annotated[
         str, typer.Option(help="copy; or, of the block and the one above it: average, transport (aligned).")
     ] = "copy",
+    zero: Annotated[
+        str, typer.Option(help="What is zero, so that they add nothing: writes (the paper), reads or norms.")
+    ] = "writes",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
     ] = False,
@@ -82,6 +85,7 @@ def expand(
         groups=groups,
         after=chosen_after,
         init=init,  # type: ignore[arg-type]  # the same
+        zero=zero,  # type: ignore[arg-type]  # the same
         shard_size=size,
         name=base,
     )
@@ -130,7 +134,8 @@ def _print_layout(prepared: "PreparedCheckpoint") -> None:
     )
     for block in layout.new_blocks:
         place = f"after base block {block.after}" if block.after >= 0 else "at the bottom"
-        print(f"  block {block.index} is new, {place}, {_origin(block)}")
+        zero = "" if block.zero == "writes" else f"; zero: its {block.zero}"
+        print(f"  block {block.index} is new, {place}, {_origin(block)}{zero}")
 
 
 def _origin(block: "NewBlock") -> str:

@@ -83,10 +83,8 @@ def _cell(norm: Norm | None, compared: bool) -> str:
 
 def _explain(facts: BlocksSummary) -> str:
     if not facts.reference:
-        return (
-            "residual writes: root mean square of what they hold beyond their fill (give --base to compare)"
-        )
+        return "what was filled: root mean square of what it holds beyond its fill (give --base to compare)"
     return (
-        f"norms relative to the copied block's own in {facts.reference}: of residual writes beyond their "
+        f"norms relative to the copied block's own in {facts.reference}: of what was filled beyond its "
         "fill, of the rest its distance from the copy"
     )

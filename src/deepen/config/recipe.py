@@ -37,6 +37,7 @@ _TRAINING: Final = ("data", "train")
 
 
 Placement = Literal["interleaved", "suffix", "prefix", "importance"]
+Zero = Literal["writes", "reads", "norms"]
 
 
 class ExpandSection(Section):
@@ -63,6 +64,12 @@ class ExpandSection(Section):
     paper), the `average` of that block and the one above it, or their average once the neurons and heads of
     the upper one were matched with those of the lower one by optimal `transport` (OpT-DeUS). See
     [where a new block begins](drift.md#where-a-new-block-begins)."""
+
+    zero: Zero = "writes"
+    """What of a new block is zero, so that it adds nothing: what it `writes` (o_proj and down_proj: the
+    paper), what it `reads` to write it (v_proj and up_proj), or the `norms` before both (Shen et al. 2022;
+    half of the block never learns then). The latter two are for families in which they are known to be exact.
+    See [what of it is zero](drift.md#what-of-it-is-zero)."""
 
     @model_validator(mode="after")
     def _some(self) -> Self:

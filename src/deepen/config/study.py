@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from deepen.config.recipe import ExpandSection, Placement
+from deepen.config.recipe import ExpandSection, Placement, Zero
 from deepen.config.section import Count, Index, Positive, Section, as_tuple
 from deepen.config.texts import Source, TextSet
 
@@ -114,7 +114,7 @@ class BaselinesRecipe(StudyRecipe):
 
 
 class AblationRecipe(StudyRecipe):
-    """Block expansion alone: numbers of new blocks × placements × domains × seeds."""
+    """Block expansion alone: numbers of new blocks × placements × what is zero × domains × seeds."""
 
     counts: Annotated[tuple[Count, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     """Numbers of new blocks."""
@@ -125,6 +125,9 @@ class AblationRecipe(StudyRecipe):
         "prefix",
     )
     """Where they go: as `expand.placement`."""
+
+    zeroed: Annotated[tuple[Zero, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("writes",)
+    """What of them is filled so that they add nothing: as `expand.zero`."""
 
     importance: str | None = None
     """The record that `deepen inspect BASE --out FILE` wrote, for placement `importance`."""

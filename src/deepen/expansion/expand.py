@@ -25,6 +25,7 @@ from deepen.expansion.plan import (
     plan_files,
 )
 from deepen.expansion.stages import describe_expansion, earlier_stages
+from deepen.families import Zero
 
 logger = logging.getLogger("deepen")
 
@@ -93,6 +94,7 @@ def expand_checkpoint(
     groups: int | None = None,
     after: Sequence[int] | None = None,
     init: Init = "copy",
+    zero: Zero = "writes",
     overwrite: bool = False,
     shard_size: int | None = None,
     name: str | None = None,
@@ -108,13 +110,15 @@ def expand_checkpoint(
         groups: number of groups for `interleaved`.
         after: explicit base blocks to stand on instead, see `deepen.expansion.plan_layout`.
         init: what new blocks are made from, see `deepen.expansion.NewBlock`.
+        zero: what of them is filled, so that they add nothing.
         overwrite: replace `out`.
         shard_size: cut the weights into files of at most so many bytes; default: as the base's are.
         name: what `expansion.json` calls the base; default: `base` as given.
         progress: called with (bytes done, bytes in all).
 
     Raises:
-        CheckpointError: the base is malformed, or of a family that is unknown or cannot be exact.
+        CheckpointError: the base is malformed.
+        FamilyError: its family is unknown, or new blocks cannot be exact in it, or not so.
         LayoutError: the new blocks cannot be placed as asked.
         OutputError: `out` exists, overlaps the base, or does not fit the disk.
     """
@@ -127,6 +131,7 @@ def expand_checkpoint(
         groups=groups,
         after=after,
         init=init,
+        zero=zero,
         shard_size=shard_size,
         name=name,
     )
@@ -143,13 +148,14 @@ def prepare_expansion(
     groups: int | None = None,
     after: Sequence[int] | None = None,
     init: Init = "copy",
+    zero: Zero = "writes",
     shard_size: int | None = None,
     name: str | None = None,
 ) -> PreparedCheckpoint:
     """Decide everything about an expansion and write nothing; arguments as for `expand_checkpoint`."""
     opened = open_base(base)
     layout = plan_layout(
-        opened.depth, blocks=blocks, placement=placement, groups=groups, after=after, init=init
+        opened.depth, blocks=blocks, placement=placement, groups=groups, after=after, init=init, zero=zero
     )
     expansion = describe_expansion(
         layout,
@@ -228,6 +234,11 @@ def _warnings(base: Base, layout: Layout) -> list[str]:
         found.append(
             "all new blocks stand below the first (prefix): in the paper (arXiv 2401.02415, Table 5) that "
             "collapsed to 29.36 on the language tasks and 0.81 on Unfair-ToS; it chose interleaved"
+        )
+    if any(block.zero == "norms" for block in layout.new_blocks):
+        found.append(
+            "zero norms: no gradient reaches a feed-forward behind a norm of zero, nor that norm, so half of "
+            "each new block never learns (arXiv 2401.02415, section 3.2; biases apart)"
         )
     averaged = [block.init != "copy" for block in layout.new_blocks]
     if any(averaged) and not all(averaged):

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from deepen.errors import LayoutError
+from deepen.families import Zero
 
 Init = Literal["copy", "average", "transport"]
 Placement = Literal["interleaved", "suffix", "prefix"]
@@ -21,12 +22,14 @@ class NewBlock:
         copy_of: the base block it copies, whose kind it has.
         init: `copy`; or the mean of that block and the base block above it, as they are (`average`) or
             with the units of the upper one put in the order of the lower one's (`transport`).
+        zero: what of it is filled so that it adds nothing, see `deepen.families.Zero`.
     """
 
     index: int
     after: int
     copy_of: int
     init: Init = "copy"
+    zero: Zero = "writes"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def plan_layout(
     groups: int | None = None,
     after: Sequence[int] | None = None,
     init: Init = "copy",
+    zero: Zero = "writes",
 ) -> Layout:
     """Decide where new blocks go and what they are made from. Pure: nothing is read or written.
 
@@ -107,12 +111,15 @@ def plan_layout(
         after: explicit base blocks to stand on instead (-1: the bottom); repeats stack. Each new block
             copies the block it stands on.
         init: see `NewBlock`. A block that copies the topmost one is a copy in any case.
+        zero: what of the new blocks is filled. Whether their family can have it is not known here.
 
     Raises:
         LayoutError: no blocks, an index out of range, or arguments that contradict each other.
     """
     if init not in get_args(Init):
         raise LayoutError(f"init is {init!r}; it can be copy, average or transport")
+    if zero not in get_args(Zero):
+        raise LayoutError(f"zero is {zero!r}; it can be writes, reads or norms")
     placed = _places(base_blocks, blocks, placement, groups, after)
     new = tuple(
         NewBlock(
@@ -120,6 +127,7 @@ def plan_layout(
             after=stands_on,
             copy_of=copy_of,
             init=init if copy_of + 1 < base_blocks else "copy",
+            zero=zero,
         )
         for below, (stands_on, copy_of) in enumerate(placed)
     )

@@ -89,11 +89,12 @@ class NewBlockRecord(_Record):
         filled: full tensor name -> the constant it was filled with.
         stage: number of the expansion that added it, from 0.
         pack: the block pack it came from, where several were stacked.
-        damped: the factor on its residual writes since training, relative to their fill; None: none.
+        damped: the factor on its residual writes since training, relative to what adds nothing; None: none.
         init: how it came to be, see `NewBlock`; None: as a copy.
+        zero: what of it was filled, see `NewBlock`; None: its residual writes.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"pack", "damped", "init"})
+    optional: ClassVar[frozenset[str]] = frozenset({"pack", "damped", "init", "zero"})
 
     index: int = Field(ge=0)
     after: int = Field(ge=-1)
@@ -103,11 +104,18 @@ class NewBlockRecord(_Record):
     pack: str | None = None
     damped: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     init: Literal["average", "transport"] | None = None
+    zero: Literal["reads", "norms"] | None = None
 
     @property
     def placed(self) -> NewBlock:
         """The block as its stage's layout has it."""
-        return NewBlock(index=self.index, after=self.after, copy_of=self.copy_of, init=self.init or "copy")
+        return NewBlock(
+            index=self.index,
+            after=self.after,
+            copy_of=self.copy_of,
+            init=self.init or "copy",
+            zero=self.zero or "writes",
+        )
 
 
 class NewRows(_Record):

@@ -10,7 +10,7 @@ from deepen.errors import LayoutError
 from deepen.expansion.config_json import reordered_config
 from deepen.expansion.layout import NewBlock
 from deepen.expansion.sources import Mean
-from deepen.families import Family, Kind, unit_places, without_place
+from deepen.families import Family, Kind, generic, unit_places, without_place
 
 _AVERAGED: Final = frozenset({"F64", "F32", "F16", "BF16"})
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,7 +40,8 @@ def mean_sources(
     check_alike(block, *({n: (t.dtype, t.shape) for n, t in held.items()} for held in (below, above)))
     if not same_kind(partial(reordered_config, config, family, depth), depth, block.copy_of):
         raise differing(block, "the config makes them of different kinds")
-    averaged = [name for name in below if family.fill(name) is None and not family.is_buffer(name)]
+    filled = family.fills(block.zero)
+    averaged = [name for name in below if generic(name) not in filled and not family.is_buffer(name)]
     for name in averaged:
         if below[name].dtype not in _AVERAGED:
             raise differing(block, f"{below[name].name!r} is {below[name].dtype}, of which there is no mean")

@@ -178,7 +178,8 @@ def expanded_tensors(base: Base, layout: Layout) -> tuple[PlannedTensor, ...]:
     Raises:
         LayoutError: the layout is of another depth.
             Or two neighbours that a new block is to be made from are of different kinds.
-        CheckpointError: a residual write has a dtype that cannot hold its fill.
+        CheckpointError: what is to be filled has a dtype that cannot hold its fill.
+        FamilyError: it is not known to be exact in the family.
     """
     if layout.base_blocks != base.depth:
         raise LayoutError(f"the layout is for {layout.base_blocks} blocks, the base has {base.depth}")
@@ -194,7 +195,7 @@ def expanded_tensors(base: Base, layout: Layout) -> tuple[PlannedTensor, ...]:
         for rest in names[block.copy_of]:
             source = tensors[family.join(block.copy_of, rest)]
             copied = _copied(source, block.index, family, rest)
-            value = family.fill(rest)
+            value = family.fill(rest, block.zero)
             made = replace(copied, source=means.get(rest, copied.source))
             planned.append(made if value is None else _filled(copied, value, source.name))
     return tuple(planned)
@@ -258,7 +259,7 @@ def _copied(tensor: Tensor, block: int, family: Family, rest: str) -> PlannedTen
 
 
 def _filled(tensor: PlannedTensor, value: float, origin: str) -> PlannedTensor:
-    """Put its fill in the place of a residual write copied from `origin`."""
+    """Put its fill in the place of a tensor copied from `origin`."""
     if tensor.dtype not in (FLOATS if value else ZEROABLE):
         raise CheckpointError(
             f"{tensor.beside}: tensor {origin!r} is {tensor.dtype}, for which there is no exact fill.\n"

@@ -19,11 +19,14 @@ def describe_expansion(
 
     Args:
         layout: which block goes where.
-        family: says which tensors are residual writes.
+        family: says which tensors are filled.
         block_tensors: names inside each base block, by base block index.
         base: name or path of the base.
         fingerprint: the base's.
         previous: the base's own record, if it was expanded before.
+
+    Raises:
+        FamilyError: what is to be filled is not known to be exact in the family.
     """
     earlier = earlier_stages(previous)
     records = [
@@ -34,10 +37,11 @@ def describe_expansion(
             filled={
                 family.join(block.index, name): float(value)
                 for name in block_tensors[block.copy_of]
-                if (value := family.fill(name)) is not None
+                if (value := family.fill(name, block.zero)) is not None
             },
             stage=len(earlier),
             init=None if block.init == "copy" else block.init,
+            zero=None if block.zero == "writes" else block.zero,
         )
         for block in layout.new_blocks
     ]

@@ -65,8 +65,8 @@ def verify_bytes(
 ) -> Verification:
     """Compare an expanded checkpoint with its base: tensors, config and record.
 
-    Every base tensor must be there unchanged, every residual write of a new block hold its fill, its other
-    tensors equal the block they copy, or be what its record says they were made as, and nothing else be
+    Every base tensor must be there unchanged, what is filled in a new block hold its fill, its other tensors
+    equal the block they copy, or be what its record says they were made as, and nothing else be
     there. The config must be the base's but for what expansion changes.
 
     Args:
@@ -78,6 +78,7 @@ def verify_bytes(
 
     Raises:
         CheckpointError: one of the two cannot be read, or `expanded` has no `expansion.json`.
+        FamilyError: what the record says of filling is not known of the family.
     """
     opened, checkpoint, expansion = open_base(base), Checkpoint.open(expanded), read_expansion(Path(expanded))
     if (family := expansion.family) != opened.family.name or expansion.base_blocks != opened.depth:
@@ -158,7 +159,8 @@ def _record_faults(base: Base, expansion: Expansion, digest: str | None) -> list
             faults.append(f"expansion.json: new block {was.index}: the base's own record says otherwise")
         if was.filled != should.filled:
             faults.append(
-                f"expansion.json: new block {was.index}: filled is not the family's residual writes"
+                f"expansion.json: new block {was.index}: filled is not the family's {was.placed.zero} "
+                "that make it add nothing"
             )
     if recorded.fast != fast_fingerprint(base.checkpoint):
         faults.append(

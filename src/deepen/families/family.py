@@ -3,11 +3,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 from deepen.errors import FamilyError
 from deepen.families.names import generic, spell_out
 from deepen.families.per_layer import PerLayer
+
+Zero = Literal["writes", "reads", "norms"]
+"""What of a new block is filled so that it adds nothing: its residual writes; the values and the ungated half
+of the feed-forward, which these write; or the gains of the norms before both (Shen et al. 2022)."""
 
 REFUSALS: Final = "refused.toml"
 TOWERS: Final = "towers.toml"
@@ -79,6 +83,8 @@ class Family:
         buffers: those of them that a live model computes itself: never trained, so not in a pack.
         residual_writes: block tensor -> constant that makes its sub-layer add nothing. Names in memory stand
             beside those of the files where they differ.
+        instead: `reads` and `norms`, where filling these in place of the residual writes is known to be
+            exact too: each block tensor -> constant.
         projections: the last matrices of the sub-layers, where the residual writes are others: what other
             tools fill with zeros.
         outside_required: tensors outside the blocks that every checkpoint has.
@@ -103,6 +109,7 @@ class Family:
     block: tuple[Alternative, ...]
     buffers: frozenset[str]
     residual_writes: Mapping[str, float]
+    instead: Mapping[str, Mapping[str, float]]
     projections: frozenset[str]
     outside_required: tuple[str, ...]
     outside_optional: tuple[str, ...]
@@ -137,9 +144,29 @@ class Family:
         """Return the full name of tensor `rest` of block `block`."""
         return f"{self.layers}.{block}.{rest}"
 
-    def fill(self, rest: str) -> float | None:
-        """Return the constant that makes residual write `rest` of a block add nothing; None for others."""
-        return self.residual_writes.get(generic(rest))
+    def fills(self, zero: Zero) -> Mapping[str, float]:
+        """Return what is filled in a new block: block tensor -> constant, so that no sub-layer adds anything.
+
+        Raises:
+            FamilyError: it is not known to be exact in this family.
+        """
+        if zero == "writes":
+            return self.residual_writes
+        if zero not in self.instead:
+            known = ", ".join(family.name for family in load_families() if zero in family.instead)
+            raise FamilyError(
+                f"zero {zero}: not known to be exact in the {self.name} family; choose zero writes\n"
+                f"(known for {known})"
+            )
+        return self.instead[zero]
+
+    def fill(self, rest: str, zero: Zero = "writes") -> float | None:
+        """Return the constant with which tensor `rest` of a new block is filled; None for those that are not.
+
+        Raises:
+            FamilyError: see `fills`.
+        """
+        return self.fills(zero).get(generic(rest))
 
     def is_buffer(self, rest: str) -> bool:
         """Return whether a live model computes tensor `rest` of a block itself."""
@@ -194,9 +221,8 @@ def _parse(text: str) -> Family:
         per_layer=PerLayer.parse(raw.get("per_layer", {})),
         block=tuple(_alternative(part) for part in raw["block"]),
         buffers=frozenset(spell_out(raw.get("buffers", ()))),
-        residual_writes={
-            name: value for pattern, value in raw["residual_writes"].items() for name in spell_out([pattern])
-        },
+        residual_writes=_constants(raw["residual_writes"]),
+        instead={zero: _constants(raw[zero]) for zero in get_args(Zero) if zero in raw},
         projections=frozenset(spell_out(raw.get("projections", ()))),
         outside_required=spell_out(outside["required"]),
         outside_optional=spell_out(outside.get("optional", ())),
@@ -205,6 +231,10 @@ def _parse(text: str) -> Family:
         refusals=tuple(Refusal(**refusal) for refusal in raw.get("refuse", ())),
         gguf=_gguf(raw["gguf"]) if "gguf" in raw else None,
     )
+
+
+def _constants(raw: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for pattern, value in raw.items() for name in spell_out([pattern])}
 
 
 def _alternative(raw: Mapping[str, Any]) -> Alternative:

@@ -150,16 +150,16 @@ def _copy_whole(model: PreTrainedModel, config: "LoraConfig") -> None:
 def _check_reached(model: PreTrainedModel) -> None:
     """Refuse new blocks that write nothing and are not given anything to write by their adapter.
 
-    A matrix that is zero is: its B gets a gradient, and then so does all before it. A gain is not.
+    A matrix that is zero is: its B gets a gradient, and then so does all before and behind it. A gain is not.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if find_expansion(model) is None:
+    if (expansion := find_expansion(model)) is None:
         return
-    family = family_of(model)
+    family, zero = family_of(model), {block.index: block.zero for block in expansion.layout.new_blocks}
     for name, parameter in new_parameters(model).items():
         place = family.split(name.replace(".base_layer.", "."))
-        value = family.fill(place[1]) if place else None
+        value = family.fill(place[1], zero[place[0]]) if place and not name.endswith("bias") else None
         owner = model.get_submodule(name.rpartition(".")[0].removesuffix(".base_layer"))
         if value is not None and not isinstance(owner, BaseTunerLayer) and bool((parameter == value).all()):
             raise TrainingError(

@@ -17,7 +17,7 @@ from deepen.model.structure import family_of
 
 @contextmanager
 def damped(model: PreTrainedModel, alpha: Alphas) -> Iterator[PreTrainedModel]:
-    """Run a model with the residual writes w of its new blocks at f + α (w − f), f being their fill.
+    """Run a model with the residual writes w of its new blocks at f + α (w − f), f being what adds nothing.
 
     The numbers are those that `damp_pack` writes, at the precision in memory. Afterwards every bit is as it
     was. A copy of the residual writes is held meanwhile. One thread at a time.

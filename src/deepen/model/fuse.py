@@ -25,7 +25,7 @@ def fuse_neighbours(
     layout: Layout,
     copies: Sequence[nn.Module],
 ) -> None:
-    """Make copies of base blocks what `NewBlock.init` says, but for their residual writes.
+    """Make copies of base blocks what `NewBlock.init` says, but for what is filled.
 
     Args:
         model: the model.
@@ -49,7 +49,8 @@ def fuse_neighbours(
         alignment = _alignment(model, family, block, below, above) if block.init == "transport" else None
         values = new.state_dict(keep_vars=True)
         for name in below:
-            if family.fill(name) is None and not values[name].is_meta:  # a model only planned has no values
+            kept = family.fill(name, block.zero) is None
+            if kept and not values[name].is_meta:  # a model only planned has no values
                 values[name].data.copy_(_mean(name, below, above, alignment))
 
 

@@ -7,11 +7,10 @@ from transformers import PreTrainedModel
 
 from deepen.checkpoint import Checkpoint
 from deepen.errors import FamilyError, LayoutError
-from deepen.expansion.layout import Layout
+from deepen.expansion.layout import Layout, NewBlock
 from deepen.expansion.manifest import Expansion, Fingerprint
 from deepen.expansion.stages import describe_expansion
-from deepen.families import Family
-from deepen.families.names import generic
+from deepen.families import Family, Zero, generic
 from deepen.model.dtypes import FLOAT_NAMES
 from deepen.model.fingerprint import live_fingerprint
 from deepen.model.fuse import fuse_neighbours
@@ -43,9 +42,10 @@ def insert_blocks(
 
     Each new block is a copy of a base block, or made from two (`NewBlock.init`). Its residual writes (W^O and
     the feed-forward output, with biases; the gain of the norm behind them, where there is one) are filled so
-    that it adds nothing (arXiv 2401.02415 section 3.1). In a model that is expanded already, earlier new
-    blocks become base; where its packs are all switched off, the blocks become another pack beside them. The
-    blocks of a model that bitsandbytes holds quantised are copied from its unquantised files.
+    that it adds nothing (arXiv 2401.02415 section 3.1), or something else is (`NewBlock.zero`). In a model
+    that is expanded already, earlier new blocks become base; where its packs are all switched off, the blocks
+    become another pack beside them. The blocks of a model that bitsandbytes holds quantised are copied from
+    its unquantised files.
 
     Args:
         model: a causal LM of a known family.
@@ -58,7 +58,7 @@ def insert_blocks(
         The same model.
 
     Raises:
-        FamilyError: deepen does not know the model, or a block's residual writes cannot be filled.
+        FamilyError: deepen does not know the model, or what should be filled in a block, or cannot fill it.
         LayoutError: the layout is for another number of blocks, or the result cannot be described.
         PackError: the model is bypassed, or its files, which a quantised one is copied from, lack a tensor.
     """
@@ -70,7 +70,7 @@ def insert_blocks(
         raise LayoutError(f"the layout is for {layout.base_blocks} base blocks, the model has {len(blocks)}")
     if name in state.packs:
         raise LayoutError(f"{name!r} is attached already; give the new blocks another name")
-    _check_fillable(blocks, family)
+    _check_fillable(blocks, family, layout)
     files = _files_to_copy(model, layout)
     reordered_config(model, family, state.config, layout.origins)
     names = file_names(model)
@@ -83,7 +83,7 @@ def insert_blocks(
         fingerprint or Fingerprint(fast=live_fingerprint(model)),
         _record_below(model, state),
     )
-    copies = [_identity_copy(blocks[new.copy_of], new.copy_of, family, names) for new in layout.new_blocks]
+    copies = [_identity_copy(blocks[new.copy_of], new, family, names) for new in layout.new_blocks]
     fuse_neighbours(model, family, state.config, list(blocks), layout, copies)
     state.packs[name] = Attached(expansion, tuple(copies))
     switch(model, state, [name])
@@ -121,46 +121,48 @@ def _record_below(model: PreTrainedModel, state: State) -> Expansion | None:
     return below
 
 
-def _check_fillable(blocks: nn.ModuleList, family: Family) -> None:
+def _check_fillable(blocks: nn.ModuleList, family: Family, layout: Layout) -> None:
     """Refuse packed weights: zero bytes of a quantised matrix need not mean zero."""
+    fills = [family.fills(zero) for zero in {block.zero for block in layout.new_blocks}]
     for index, block in enumerate(blocks):
         for name, tensor in plain_state(block).items():
-            if family.fill(name) is not None and tensor.dtype not in FLOAT_NAMES:
+            if any(generic(name) in each for each in fills) and tensor.dtype not in FLOAT_NAMES:
                 raise FamilyError(
                     f"tensor {family.join(index, name)!r} is {str(tensor.dtype).removeprefix('torch.')}: "
                     "a quantised model cannot be expanded; load it unquantised"
                 )
 
 
-def _identity_copy(block: nn.Module, index: int, family: Family, names: FileNames) -> nn.Module:
+def _identity_copy(block: nn.Module, placed: NewBlock, family: Family, names: FileNames) -> nn.Module:
     new = copied_block(block)
     with torch.no_grad():
         for name, tensor in new.state_dict(keep_vars=True).items():
-            if (value := family.fill(name)) is not None:
+            if (value := family.fill(name, placed.zero)) is not None:
                 tensor.fill_(value)
-    held = names.state(_tensors(new, family, index))
-    _check_identity({_inside(name, names): tensor for name, tensor in held.items()}, names.family)
+    held = names.state(_tensors(new, family, placed.copy_of))
+    inside = {_inside(name, names): tensor for name, tensor in held.items()}
+    _check_identity(inside, names.family, placed.zero)
     return new
 
 
-def _check_identity(tensors: Mapping[str, torch.Tensor], family: Family) -> None:
-    """Check a new block by the names in files: every sub-layer has a residual write, all are filled."""
-    fills = {name: value for name in tensors if (value := family.fill(name)) is not None}
+def _check_identity(tensors: Mapping[str, torch.Tensor], family: Family, zero: Zero) -> None:
+    """Check a new block by the names in files: all that should is filled, something in each sub-layer."""
+    fills = {name: value for name in tensors if (value := family.fill(name, zero)) is not None}
     for name, value in fills.items():
         if tensors[name].is_meta:
             continue  # a model that is only planned has no values
         if not bool((tensors[name] == value).all()):
             raise FamilyError(
-                f"residual write {name!r} has another name in memory, which the {family.name} family lacks"
+                f"{name!r}, to be filled, has another name in memory, which the {family.name} family lacks"
             )
     held = set(map(generic, fills))
     for part in family.parts:
-        writes = {
+        known = {
             name
             for alternative in family.block
             if alternative.part == part
             for name in (*alternative.required, *alternative.optional)
-            if family.fill(name) is not None
+            if family.fill(name, zero) is not None
         }
-        if writes and not writes & held:
-            raise FamilyError(f"a new block of the {family.name} family has no residual write in its {part}")
+        if known and not known & held:
+            raise FamilyError(f"a new block of the {family.name} family has nothing to fill in its {part}")

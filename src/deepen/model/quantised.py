@@ -133,7 +133,7 @@ def unpacked_files(model: PreTrainedModel) -> Checkpoint | None:
 
 
 def fill_from_files(model: PreTrainedModel, layout: Layout, files: Checkpoint) -> None:
-    """Give new blocks the values of the base blocks they copy, but for residual writes, tensor by tensor.
+    """Give new blocks the values of the base blocks they copy, but for what is filled, tensor by tensor.
 
     Raises:
         PackError: the files lack a tensor of theirs.
@@ -144,7 +144,7 @@ def fill_from_files(model: PreTrainedModel, layout: Layout, files: Checkpoint) -
         places = ((tensor, family.split(tensor.name)) for tensor in files.tensors.values())
         copied = [(tensor, place[1]) for tensor, place in places if place and place[0] == block.copy_of]
         tensors = {
-            family.join(block.index, rest): _read(tensor, family.fill(rest))
+            family.join(block.index, rest): _read(tensor, family.fill(rest, block.zero))
             for tensor, rest in copied
             if not family.is_buffer(rest)
         }

@@ -28,6 +28,7 @@ def place_blocks(expand: ExpandSection, depth: int, fingerprint: str) -> Layout:
             groups=expand.groups,
             after=expand.after,
             init=expand.init,
+            zero=expand.zero,
         )
     assert expand.importance is not None  # the recipe has both
     assert expand.blocks is not None
@@ -37,4 +38,5 @@ def place_blocks(expand: ExpandSection, depth: int, fingerprint: str) -> Layout:
             f"{expand.importance}: was measured on {record.model} with fingerprint "
             f"{record.fingerprint[:16]}…,\nnot on this base, with {fingerprint[:16]}…"
         )
-    return plan_layout(depth, after=least_important(record.scores, expand.blocks), init=expand.init)
+    after = least_important(record.scores, expand.blocks)
+    return plan_layout(depth, after=after, init=expand.init, zero=expand.zero)

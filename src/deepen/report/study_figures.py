@@ -75,7 +75,7 @@ def _arms(score: StudyScore) -> tuple[float, float]:
 
 
 def curves_chart(record: StudyRecord, domain: str) -> Chart | None:
-    """Training loss of all rows over tokens: colour by number of blocks, dash by placement."""
+    """Training loss of all rows over tokens: colour by number of blocks, dash by placement and zeros."""
     rows = [row for row in record.rows if row.domain == domain and len(row.curve) > 1]
     if not rows:
         return None
@@ -100,15 +100,21 @@ def _styles(rows: Sequence[StudyRow]) -> tuple[list[str], list[object]]:
     """Colour and dash of each row: by its facts where all rows have them, else by its number."""
     if all({"blocks", "placement"} <= row.facts.keys() for row in rows):
         counts = sorted({int(row.facts["blocks"]) for row in rows})
-        kinds = list(dict.fromkeys(row.facts["placement"] for row in rows))
-        at = [(counts.index(int(row.facts["blocks"])), kinds.index(row.facts["placement"])) for row in rows]
+        kinds = list(dict.fromkeys(map(_kind, rows)))
+        at = [(counts.index(int(row.facts["blocks"])), kinds.index(_kind(row))) for row in rows]
     else:
         at = [(number, number // len(SERIES)) for number in range(len(rows))]
     return [SERIES[c % len(SERIES)] for c, _ in at], [_DASHES[d % len(_DASHES)] for _, d in at]
 
 
+def _kind(row: StudyRow) -> str:
+    """What makes a line over numbers of new blocks: where they stand, and what of them was zero."""
+    zeroed = row.facts.get("zeroed", "writes")
+    return str(row.facts["placement"]) + ("" if zeroed == "writes" else f", {zeroed} zero")
+
+
 def count_charts(record: StudyRecord, domain: str) -> list[Chart]:
-    """Change of domain and of general loss over the number of new blocks, a line a placement."""
+    """Change of domain and of general loss over the number of new blocks, a line a kind of them."""
     rows = [row for row in record.rows if row.domain == domain and "blocks" in row.facts]
     if len({row.facts["blocks"] for row in rows}) < 2:
         return []
@@ -126,14 +132,12 @@ def count_charts(record: StudyRecord, domain: str) -> list[Chart]:
 def _over_counts(
     name: str, title: str, rows: Sequence[StudyRow], of: Callable[[StudyRow], StudyScore | None]
 ) -> Chart:
-    kinds = list(dict.fromkeys(str(row.facts["placement"]) for row in rows))
+    kinds = list(dict.fromkeys(map(_kind, rows)))
 
     def draw(axes: Axes) -> None:
         for number, kind in enumerate(kinds):
             found = sorted(
-                (int(row.facts["blocks"]), score)
-                for row in rows
-                if row.facts["placement"] == kind and (score := of(row))
+                (int(row.facts["blocks"]), score) for row in rows if _kind(row) == kind and (score := of(row))
             )
             x, y = [blocks for blocks, _ in found], [score.delta for _, score in found]
             bars = list(zip(*(_arms(score) for _, score in found), strict=True))
@@ -141,9 +145,9 @@ def _over_counts(
                 x,
                 y,
                 yerr=bars,
-                color=SERIES[number],
+                color=SERIES[number % len(SERIES)],
                 linestyle=_DASHES[number % len(_DASHES)],
-                marker=_MARKERS[number],
+                marker=_MARKERS[number % len(_MARKERS)],
                 markersize=5,
                 linewidth=1.5,
                 capsize=2.5,

@@ -1,8 +1,4 @@
-"""`deepen study ablation`: how many new blocks, and where.
-
-What is filled in a new block is not varied: the engine fills all residual writes, without which the expanded
-model is not the base.
-"""
+"""`deepen study ablation`: how many new blocks, where, and what of them is zero."""
 
 from typing import Any
 
@@ -19,17 +15,22 @@ def ablation_grid(study: AblationRecipe) -> Grid:
     """
     return Grid(
         study,
-        [_row(study, count, place) for place in study.placements for count in study.counts],
+        [
+            _row(study, count, place, zero)
+            for zero in study.zeroed
+            for place in study.placements
+            for count in study.counts
+        ],
     )
 
 
-def _row(study: AblationRecipe, count: int, placement: str) -> Row:
-    expand: dict[str, Any] = {"blocks": count, "placement": placement}
+def _row(study: AblationRecipe, count: int, placement: str, zero: str) -> Row:
+    expand: dict[str, Any] = {"blocks": count, "placement": placement, "zero": zero}
     if placement == "importance":
         expand["importance"] = study.importance
     return Row(
-        label=f"{placement}-{count}",
+        label=f"{placement}-{count}" if zero == "writes" else f"{placement}-{count}-{zero}",
         settings={"expand": expand, "train": {"method": "blocks"}},
         rates=study.learning_rates,
-        facts={"blocks": count, "placement": placement},
+        facts={"blocks": count, "placement": placement, "zeroed": zero},
     )

@@ -12,6 +12,7 @@ from deepen.config import Recipe, TextSet, load_recipe
 from deepen.data.conversation_build import conversation_contents
 from deepen.data.sources import open_source
 from deepen.errors import Diverged, OutputError
+from deepen.expansion import NewBlock
 from deepen.pipeline.directory import RunDirectory, deciding
 from deepen.pipeline.plan import Outline
 from deepen.pipeline.reporter import Reporter
@@ -64,7 +65,7 @@ def run_cell(
         "kind": "run",
         "version": _VERSION,
         "base": outline.fingerprint,
-        "layout": outline.layout and [[block.after, block.copy_of] for block in outline.layout.new_blocks],
+        "layout": outline.layout and [_begun(block) for block in outline.layout.new_blocks],
         "texts": dict(texts),
         "recipe": _settings(recipe),
     }
@@ -77,6 +78,12 @@ def run_cell(
         inputs=inputs,
         compute=partial(_compute, recipe, outline.train.method, discarded, of_base),
     )
+
+
+def _begun(block: NewBlock) -> list[int | str]:
+    """What decides where a new block begins; how it is made, where not as by default."""
+    made = (block.init, block.zero)
+    return [block.after, block.copy_of, *(made if made != ("copy", "writes") else ())]
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
