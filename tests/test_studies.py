@@ -305,6 +305,18 @@ def test_the_anchor_of_a_row_counts_by_its_contents(place, tmp_path):
     assert key("some words " * 50, "a.jsonl") != key("other words " * 50, "a.jsonl")
 
 
+def test_sources_of_a_row_are_read_beside_those_of_the_domain(place):
+    more = [{"name": "more", "path": str(place / "general.jsonl"), "weight": 0.5}]
+    rows = {
+        "plain": {"expand": {"blocks": 1}},
+        "replay": {"expand": {"blocks": 1}, "data": {"sources": more}},
+    }
+    path = recipe(place, methods=rows, match=None, learning_rates=[1e-3])
+    grid = open_study("baselines", path, None).grid
+    named = {at.row.label: [s.label for s in grid.recipe(at, 1e-3, 3).data.sources] for at in grid.places}
+    assert named == {"plain": ["train"], "replay": ["train", "more"]}
+
+
 def test_a_diverged_cell_is_said_and_in_no_mean(place, tmp_path, monkeypatch):
     """The rate that blows up is no choice; a seed that does is left out of its row."""
     path = recipe(

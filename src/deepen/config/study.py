@@ -86,7 +86,8 @@ class MethodSection(Section):
     """Keys of `train` that make the row, such as `method`; they win over those of `run`."""
 
     data: dict[str, Any] = Field(default_factory=dict)
-    """Keys of `data` that make the row, such as `anchor`; they win over those of `run`."""
+    """Keys of `data` that make the row, such as `anchor`; they win over those of `run`. `sources` are
+    read beside the domain's: replay."""
 
     learning_rates: Rates | None = None
     """Its own grid; default: the study's."""

@@ -77,7 +77,8 @@ class Grid:
         domain = self.study.domains[place.domain]
         raw = merged(self.study.run, place.row.settings)
         raw = merged(raw, {"output": "cell", "train": {"learning_rate": rate, "seed": seed}})
-        raw["data"] = {**raw.get("data", {}), "sources": _plain(domain.sources)}
+        data = raw.get("data", {})
+        raw["data"] = {**data, "sources": [*_plain(domain.sources), *data.get("sources", ())]}
         raw["evaluate"] = {**raw.get("evaluate", {}), "domain": _plain((*domain.tuning, *domain.reported))}
         return build_recipe(raw, f"{place.row.label} in {place.domain}")
 
