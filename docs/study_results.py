@@ -1,6 +1,6 @@
 """The committed studies' tables and figures on the pages that speak of them; used by docs/generate.py."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from deepen.records import (
     StudyScore,
     read_record,
 )
+from deepen.report.study import beaten
 from deepen.report.study_figures import count_charts, plane
 from deepen.report.svg import Chart
 from deepen.report.wording import change, count, loss
@@ -25,8 +26,16 @@ _PAGES = {
     "ablation-small": "studies.md",
     "knowledge-small": "studies.md",
     "continual-small": "continual.md",
+    "forgetting": "forgetting.md",
+    "forgetting-books-4m": "forgetting.md",
+    "forgetting-embedded": "forgetting.md",
+    "forgetting-stories260k": "forgetting.md",
+    "forgetting-parts": "forgetting.md",
 }
+_FORGETTING = ("forgetting-books-4m", "forgetting-embedded", "forgetting-stories260k")
+_DRAWN = ("baselines-small", "ablation-small", *_FORGETTING)
 _NONE = "–"
+_SCORED = "{}: Δ and 95% interval; seeds"
 
 
 def filled_pages(docs: Path, records: Path) -> dict[str, str]:
@@ -36,21 +45,24 @@ def filled_pages(docs: Path, records: Path) -> dict[str, str]:
         begin, end = BEGIN.format(name=name), END.format(name=name)
         before, _, rest = pages[page].partition(begin)
         _, _, after = rest.partition(end)
-        pages[page] = f"{before}{begin}\n{_result(records / f'{name}.json', name)}\n{end}{after}"
+        pages[page] = f"{before}{begin}\n{_result(records, name)}\n{end}{after}"
     return pages
 
 
 def figures(records: Path) -> dict[str, str]:
     """Return file -> drawing, of what the pages show."""
     drawn: dict[str, str] = {}
-    for name in ("baselines-small", "ablation-small"):
+    for name in _DRAWN:
         record = read_record(records / f"{name}.json", StudyRecord)
         for domain in _domains(record):
             drawn |= {file: _alone(chart) for file, chart in _drawings(record, name, domain)}
     return drawn
 
 
-def _result(path: Path, name: str) -> str:
+def _result(records: Path, name: str) -> str:
+    path = records / f"{name}.json"
+    if name == "forgetting":
+        return _goals({name: read_record(records / f"{name}.json", StudyRecord) for name in _FORGETTING})
     if name == "continual-small":
         return _continual(read_record(path, ContinualRecord))
     if name == "knowledge-small":
@@ -68,22 +80,48 @@ def _domains(record: StudyRecord) -> list[str]:
 def _domain(record: StudyRecord, name: str, domain: str) -> str:
     rows = [row for row in record.rows if row.domain == domain]
     first = rows[0]
-    base = ["base", "", "", loss(first.domain_score.base_value), _base_of(first.general)]
-    table = _table(
-        [
-            "",
-            "trained",
-            "peak rate",
-            "domain: Δ and 95% interval; seeds",
-            "general: Δ and 95% interval; seeds",
-        ],
-        [base, *([*_cost(row), _score(row.domain_score), _score(row.general)] for row in rows)],
-    )
+    head = ["", "trained", "peak rate", _SCORED.format("domain"), _SCORED.format("general")]
+    lines = [["base", "", "", loss(first.domain_score.base_value), _base_of(first.general)]]
+    lines += [[*_cost(row), _score(row.domain_score), _score(row.general)] for row in rows]
+    if record.pairs:
+        worse = beaten(record)
+        head.append("beaten on both by")
+        lines = [
+            [*lines[0], ""],
+            *([*line, ", ".join(worse.get((domain, line[0]), [])) or _NONE] for line in lines[1:]),
+        ]
+    table = _table(head, lines)
     texts = ", ".join(first.domain_score.texts)
     drawings = _drawings(record, name, domain)
     shown = "".join(f"![{chart.title}](images/{file})\n" for file, chart in drawings)
     seeds = max(len(row.seeds) for row in rows)
     return f"**{domain}** ({texts}, {first.domain_score.n} documents; {seeds} seeds)\n\n{table}{shown}\n"
+
+
+def _goals(records: Mapping[str, StudyRecord]) -> str:
+    """What the presets were to reach, beside what they reached."""
+    head = ["", "general rise, of `paper`'s", "domain loss, of `paper`'s", "of `full`'s", "beaten on both by"]
+    lines = []
+    for name, record in records.items():
+        for domain in _domains(record):
+            rows = {row.row: row for row in record.rows if row.domain == domain}
+            worse = beaten(record)
+            for preset in ("balanced", "keep"):
+                risen, learned, full = _beside(rows, preset)
+                beaten_by = ", ".join(worse.get((domain, preset), [])) or _NONE
+                base = name.removeprefix("forgetting-")
+                lines.append([f"`{preset}`, {base}, {domain}", risen, learned, full, beaten_by])
+    return _table(head, lines)
+
+
+def _beside(rows: Mapping[str, StudyRow], preset: str) -> tuple[str, str, str]:
+    risen = {label: row.general.delta for label, row in rows.items() if row.general}
+    learned = {label: row.domain_score.value for label, row in rows.items()}
+    of = [
+        f"{100 * (learned[preset] / learned[label] - 1):+.1f}%".replace("-", "−")
+        for label in ("paper", "full")
+    ]
+    return f"{100 * risen[preset] / risen['paper']:.0f}%", of[0], of[1]
 
 
 def _drawings(record: StudyRecord, name: str, domain: str) -> list[tuple[str, Chart]]:

@@ -313,7 +313,9 @@ def test_sources_of_a_row_are_read_beside_those_of_the_domain(place):
     }
     path = recipe(place, methods=rows, match=None, learning_rates=[1e-3])
     grid = open_study("baselines", path, None).grid
-    named = {at.row.label: [s.label for s in grid.recipe(at, 1e-3, 3).data.sources] for at in grid.places}
+    named = {
+        at.row.label: [Path(s.path).stem for s in grid.recipe(at, 1e-3, 3).data.sources] for at in grid.places
+    }
     assert named == {"plain": ["train"], "replay": ["train", "more"]}
 
 
