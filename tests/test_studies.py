@@ -316,7 +316,7 @@ def test_sources_of_a_row_are_read_beside_those_of_the_domain(place):
     named = {
         at.row.label: [Path(s.path).stem for s in grid.recipe(at, 1e-3, 3).data.sources] for at in grid.places
     }
-    assert named == {"plain": ["train"], "replay": ["train", "more"]}
+    assert named == {"plain": ["train"], "replay": ["train", "general"]}
 
 
 def test_a_diverged_cell_is_said_and_in_no_mean(place, tmp_path, monkeypatch):
