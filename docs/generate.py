@@ -367,6 +367,7 @@ What deepen knows of a model family is one small file; there is no code per fami
 
 A *residual write* is a parameter whose value below makes a sub-layer add nothing to the residual stream. New
 blocks are copies of base blocks with exactly these filled (see [Concepts](concepts.md)); `*` is a number.
+Where it is known to be as exact, something else may be filled: [`expand.zero`](drift.md#what-of-it-is-zero).
 Where the config says what kind each block is, or transformers derives it from the block's number, expansion
 writes it out: every base block keeps its kind, and a new block has that of the block it copies.
 *GGUF* is llama.cpp's name of the architecture where deepen writes such files itself, see [Export](export.md).
@@ -391,7 +392,8 @@ These are known and refused, because new blocks could not be exact.
 
 def families_page() -> str:
     """Return the page of families."""
-    head = ["family", "`model_type`", "residual writes", "of each block's own kind in the config", "GGUF"]
+    own = "of each block's own kind in the config"
+    head = ["family", "`model_type`", "residual writes", "or `zero`", own, "GGUF"]
     families = _table(head, [_family(family) for family in load_families()])
     refused = _table(["in `config.json`", "why"], list(_refusals()))
     head = ["`model_type`", "family where the text config does not say", "the text config"]
@@ -408,7 +410,8 @@ def _family(family: Family) -> list[str]:
     writes = "; ".join(f"{_names(names)} = {value:g}" for value, names in fills.items())
     keys = _names(family.per_layer.keys) if family.per_layer.keys else ""
     gguf = f"`{family.gguf.architecture}`" if family.gguf else ""
-    return [family.name, _names(family.model_types), writes + (", with biases" if biased else ""), keys, gguf]
+    writes += ", with biases" if biased else ""
+    return [family.name, _names(family.model_types), writes, _names(family.instead), keys, gguf]
 
 
 def _towers() -> Iterator[list[str]]:

@@ -42,10 +42,9 @@ def insert_blocks(
 
     Each new block is a copy of a base block, or made from two (`NewBlock.init`). Its residual writes (W^O and
     the feed-forward output, with biases; the gain of the norm behind them, where there is one) are filled so
-    that it adds nothing (arXiv 2401.02415 section 3.1), or something else is (`NewBlock.zero`). In a model
-    that is expanded already, earlier new blocks become base; where its packs are all switched off, the blocks
-    become another pack beside them. The blocks of a model that bitsandbytes holds quantised are copied from
-    its unquantised files.
+    that it adds nothing (arXiv 2401.02415 section 3.1), or others are (`NewBlock.zero`). In a model that is
+    expanded already, earlier new blocks become base; where its packs are all switched off, the blocks become
+    another pack beside them. A model that bitsandbytes holds quantised copies from its unquantised files.
 
     Args:
         model: a causal LM of a known family.
