@@ -21,7 +21,7 @@ from deepen.config import load_recipe, parse_recipe
 from deepen.data.batches import Mixture
 from deepen.errors import CheckFailed, DataError, Interrupted, OutputError, RecipeError, TrainingError
 from deepen.expansion import verify_bytes
-from deepen.pipeline import directory, run, trainee, training
+from deepen.pipeline import curve, directory, run, trainee, training
 from deepen.pipeline.directory import open_run
 from deepen.pipeline.run import run_recipe
 from deepen.records import EvaluationRecord, RunResult, read_record
@@ -609,7 +609,19 @@ def test_a_signal_during_the_last_step_stops_before_the_rest(tmp_path, monkeypat
         with pytest.raises(Interrupted, match="continue with --resume"):
             run_recipe(recipe)
     assert not (tmp_path / "run" / "blocks").exists()
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "audit_base", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, resume=True)
+    whole, scored, score = losses(tmp_path / "run"), [], curve.score_texts
+    assert [step for step, _, found in whole if found] == [0, 3, 6]
+    monkeypatch.setattr(curve, "score_texts", lambda *all, **more: scored.append(1) or score(*all, **more))
     assert run_recipe(recipe, resume=True).steps == 6
+    assert (losses(tmp_path / "run"), scored) == (whole, [1])
 
 
 def test_a_run_the_disk_cannot_hold_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):

@@ -40,6 +40,7 @@ class RunLog:
         self._stack.enter_context(closing(metrics))
         self._sources = plan.labels
         self._step_tokens = plan.windows * plan.length
+        self._evaluated = {line["step"] for line in metrics.kept if "evaluation" in line}
         steps = [line for line in metrics.kept if "loss" in line]
         self.seconds: float = steps[-1]["seconds"] if steps else 0.0
         self._source_tokens: dict[str, int] = (
@@ -96,8 +97,12 @@ class RunLog:
         return 1 - (self._held - before) / self._plan.windows
 
     def evaluation(self, step: int, nats: Mapping[str, float]) -> None:
-        """Write and show what an evaluation found: task -> nats per token."""
-        self._write({"step": step, "tokens": step * self._step_tokens, "evaluation": dict(nats)})
+        """Write and show what an evaluation found: task -> nats per token.
+
+        After the last step a run may be killed and evaluate again: what it wrote then stays.
+        """
+        if step not in self._evaluated:
+            self._write({"step": step, "tokens": step * self._step_tokens, "evaluation": dict(nats)})
         shown = "  ".join(f"{task} {value:.4f}" for task, value in nats.items())
         if shown:
             self._reporter.note(f"step {step}: {shown}")

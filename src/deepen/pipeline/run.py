@@ -14,7 +14,7 @@ from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import CheckpointError
 from deepen.evaluation import compare_runs
 from deepen.evaluation.memory import collect_memory
-from deepen.evaluation.record import build_record, nats_per_token
+from deepen.evaluation.record import build_record
 from deepen.expansion import check_space
 from deepen.methods.lora import ADAPTER
 from deepen.model import bypass
@@ -28,7 +28,7 @@ from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run, tuning_recipe
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
 from deepen.pipeline.reporter import Reporter, Silent
-from deepen.pipeline.scoring import score_texts, shift_texts
+from deepen.pipeline.scoring import shift_texts
 from deepen.pipeline.texts import load_tokenizer
 from deepen.pipeline.trainee import (
     Trainee,
@@ -36,7 +36,6 @@ from deepen.pipeline.trainee import (
     audit_base,
     load_base,
     prepare_trainee,
-    round_to_saved,
     set_aside,
     spread_trainee,
 )
@@ -171,12 +170,8 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
     reporter.stage("proving identity" if plan.layout and not plan.pack else "preparing")
     trainee = spread_trainee(plan, prepare_trainee(plan, model, autocast), place, world)
     base = base_losses(plan, trainee, directory, texts, world, reporter)
-    base_loss = nats_per_token(texts, base)
-    trained = train_to_the_end(plan, trainee, mixture, texts, base_loss, directory, world, reporter, anchored)
-
-    round_to_saved(trainee, plan.base.checkpoint)
-    reporter.stage("evaluating the trained model")
-    losses = score_texts(trainee.root, texts, world, autocast=autocast, progress=reporter.progress)
+    trained = train_to_the_end(plan, trainee, mixture, texts, base, directory, world, reporter, anchored)
+    losses = trained.losses
     shift = _shift(plan, trainee, texts, world, reporter)
     trainee = assemble_trainee(trainee, world)
 

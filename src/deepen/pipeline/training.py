@@ -17,7 +17,9 @@ from deepen.errors import DataError, Interrupted
 from deepen.evaluation.record import nats_per_token
 from deepen.model.structure import blocks_of, family_of
 from deepen.pipeline.anchor import open_anchor
+from deepen.pipeline.baseline import Losses
 from deepen.pipeline.bound import Bound, take_back
+from deepen.pipeline.curve import Curve
 from deepen.pipeline.directory import RunDirectory
 from deepen.pipeline.log import RunLog
 from deepen.pipeline.memory import fit_memory
@@ -25,7 +27,6 @@ from deepen.pipeline.plan import RunPlan
 from deepen.pipeline.prefix import open_prefix
 from deepen.pipeline.rates import open_rates
 from deepen.pipeline.reporter import Reporter
-from deepen.pipeline.scoring import score_texts
 from deepen.pipeline.teacher import HeldTeacher, open_teacher
 from deepen.pipeline.trainee import Trainee
 from deepen.records import EarlyStop
@@ -55,10 +56,12 @@ class Trained:
     Attributes:
         seconds: it took in all; 0 in all processes but the first.
         stopped: what ended it before its time, and where the weights are from; None: nothing did.
+        losses: task -> nats per window of the model as it will be saved.
     """
 
     seconds: float
     stopped: EarlyStop | None
+    losses: Losses
 
 
 def train_to_the_end(
@@ -66,22 +69,22 @@ def train_to_the_end(
     trainee: Trainee,
     mixture: Mixture,
     texts: Sequence[EvaluationText],
-    base_loss: Mapping[str, float],
+    base: Losses,
     directory: RunDirectory,
     world: World,
     reporter: Reporter,
     anchored: Mixture | None = None,
 ) -> Trained:
-    """Train from the newest valid checkpoint, or from the start, to the end.
+    """Train from the newest valid checkpoint, or from the start, to the end, and evaluate what came of it.
 
-    Every process of the run calls this; only the first one writes, and only it knows the seconds.
+    Every process calls this; only the first one writes and knows the seconds. Weights end as they are saved.
 
     Args:
         plan: the numbers.
         trainee: the model and what of it trains.
         mixture: where batches come from.
-        texts: evaluated along the way.
-        base_loss: task -> nats per token of the base, which without a pack is the model at first.
+        texts: evaluated along the way and at the end.
+        base: task -> nats per window of the base, which without a pack is the model at first.
         directory: where metrics and checkpoints go.
         world: the processes of the run.
         reporter: told what goes on.
@@ -109,55 +112,39 @@ def train_to_the_end(
             log.metrics.sync()
         save_checkpoint(where, step, trainee.parameters, optimizer, identity=shared, keep=keep, world=world)
 
-    bound = _bound(plan, texts, base_loss, partial(save, where=directory.held, keep=1))
-    hooks = _hooks(plan, trainee, mixture, texts, base_loss, bound, log, save, world)
+    bound = _bound(plan, texts, base, partial(save, where=directory.held, keep=1))
+    curve = Curve(plan=plan, trainee=trainee, texts=texts, log=log, bound=bound, world=world)
     if not first:
-        hooks.evaluate(0)
-    settings = _settings(plan, trainee, teacher)
+        curve.begin(base)
+    settings, hooks = _settings(plan, trainee, teacher), _hooks(plan, mixture, curve, save)
     with closing(log) if log else nullcontext(), closing(prefix) if prefix else nullcontext():
         rates = open_rates(plan, anchored)
         _train(trainee, mixture, optimizer, settings, hooks, first, world, prefix, anchor, rates)
+        found = None if bound.enough() else curve.end(reporter)
     stopped = take_back(bound, directory.held, trainee, optimizer, shared, world, reporter)
-    return Trained(seconds=log.seconds if log else 0.0, stopped=stopped)
+    losses = curve.score_saved(reporter) if found is None or stopped else found
+    return Trained(seconds=log.seconds if log else 0.0, stopped=stopped, losses=losses)
 
 
 def _bound(
     plan: RunPlan,
     texts: Sequence[EvaluationText],
-    base_loss: Mapping[str, float],
+    base: Losses,
     hold: Callable[[int], None],
 ) -> Bound:
     general = [text.task for text in texts if text.role == "general"]
-    return Bound(limit=plan.train.max_general_loss, base=base_loss, general=general, hold=hold)
+    limit, nats = plan.train.max_general_loss, nats_per_token(texts, base)
+    return Bound(limit=limit, base=nats, general=general, hold=hold)
 
 
-def _hooks(
-    plan: RunPlan,
-    trainee: Trainee,
-    mixture: Mixture,
-    texts: Sequence[EvaluationText],
-    base_loss: Mapping[str, float],
-    bound: Bound,
-    log: RunLog | None,
-    save: Callable[[int], None],
-    world: World,
-) -> Hooks:
-    def evaluate(step: int) -> None:
-        found = base_loss
-        if step or plan.pack:
-            losses = score_texts(trainee.root, texts, world, autocast=trainee.autocast)
-            found = nats_per_token(texts, losses)
-        if log:
-            log.evaluation(step, found)
-        bound.check(step, found)
-
+def _hooks(plan: RunPlan, mixture: Mixture, curve: Curve, save: Callable[[int], None]) -> Hooks:
     return Hooks(
-        log=log.step if log else _ignore,
-        evaluate=evaluate,
+        log=curve.log.step if curve.log else _ignore,
+        evaluate=curve.go_on,
         save=save,
         stop=bool,
         name_window=_window_names(plan, mixture),
-        enough=bound.enough,
+        enough=curve.bound.enough,
     )
 
 

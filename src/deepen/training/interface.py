@@ -104,7 +104,8 @@ class Hooks:
 
     Attributes:
         log: after every step.
-        evaluate: with the number of steps done, when an evaluation is due.
+        evaluate: with the number of steps done, when an evaluation is due; what all the steps made is the
+            caller's to evaluate.
         save: with the number of steps done, when a checkpoint is due.
         stop: whether someone asked to stop.
         name_window: what a user calls a window, of the step (from 0) and its number in the batch.

@@ -76,7 +76,7 @@ def train(
             names = [hooks.name_window(step, row) for row in rows]
             raise Diverged(explain(str(found), names, len(batch.tokens))) from None
         done, last = step + 1, step + 1 == settings.steps
-        if last or done % settings.evaluate_every == 0:
+        if not last and done % settings.evaluate_every == 0:
             hooks.evaluate(done)
             if hooks.enough():
                 return  # no checkpoint: a run that goes on from the one before comes to the same end
