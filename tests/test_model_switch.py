@@ -183,7 +183,7 @@ def test_a_write_that_is_not_filled_is_noticed(tiny_llama, monkeypatch, gone):
     with pytest.raises(FamilyError, match=f"{gone}' has another name in memory"):
         deepen.insert_blocks(model, plan_layout(4, blocks=1))
     monkeypatch.setattr("deepen.model.names.family_for", lambda *_: lacking)
-    with pytest.raises(FamilyError, match="no residual write in its"):
+    with pytest.raises(FamilyError, match="nothing to fill in its"):
         deepen.insert_blocks(model, plan_layout(4, blocks=1))
     assert len(model.model.layers) == 4
 

@@ -86,6 +86,19 @@ def test_what_is_loaded_is_what_transformers_loads(base, quantisation, options):
     assert type(ours.lm_head) is torch.nn.Linear
 
 
+@pytest.mark.parametrize("zero", ["reads", "norms"])
+def test_something_else_is_zero_in_blocks_from_the_files(base, zero):
+    model = packed(base)
+    before = logits(model)
+    deepen.insert_blocks(model, deepen.plan_layout(3, after=[1], zero=zero))
+    assert torch.equal(logits(model), before)
+    held = {name for name, tensor in deepen.model.new_tensors(model).items() if not tensor.any()}
+    assert held >= deepen.expansion_of(model).new_blocks[0].filled.keys()
+    assert held.isdisjoint(
+        {f"model.layers.2.{name}" for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
+    )
+
+
 @pytest.mark.parametrize("quantisation", ["4bit", "8bit"])
 def test_new_blocks_are_what_the_files_hold_and_change_nothing(base, quantisation):
     model = packed(base, quantisation)

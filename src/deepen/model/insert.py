@@ -152,7 +152,7 @@ def _check_identity(tensors: Mapping[str, torch.Tensor], family: Family, zero: Z
             continue  # a model that is only planned has no values
         if not bool((tensors[name] == value).all()):
             raise FamilyError(
-                f"{name!r}, to be filled, has another name in memory, which the {family.name} family lacks"
+                f"filled {name!r} has another name in memory, which the {family.name} family lacks"
             )
     held = set(map(generic, fills))
     for part in family.parts:
