@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from deepen.config.recipe import ExpandSection, Placement
+from deepen.config.recipe import ExpandSection, Placement, SwitchSection
 from deepen.config.section import Count, Index, Positive, Section, as_tuple
 from deepen.config.texts import Source, TextSet
 
@@ -87,6 +87,9 @@ class MethodSection(Section):
 
     learning_rates: Rates | None = None
     """Its own grid; default: the study's."""
+
+    switch: SwitchSection | None = None
+    """`evaluate.switch` of its cells, for method `blocks`: a further row, of the same cells with a switch."""
 
 
 class BaselinesRecipe(StudyRecipe):

@@ -32,7 +32,17 @@ from deepen.records.results import (
     read_result,
 )
 from deepen.records.stop import EarlyStop
-from deepen.records.study import AnyStudy, CellRecord, RateChoice, RunFacts, StudyRecord, StudyRow, StudyScore
+from deepen.records.study import (
+    AnyStudy,
+    CellRecord,
+    RateChoice,
+    RunFacts,
+    StudyRecord,
+    StudyRow,
+    StudyScore,
+    StudySwitch,
+    SwitchErrors,
+)
 from deepen.records.switch import (
     SwitchCost,
     SwitchEvaluation,
@@ -86,7 +96,9 @@ __all__ = [
     "StudyRecord",
     "StudyRow",
     "StudyScore",
+    "StudySwitch",
     "SwitchCost",
+    "SwitchErrors",
     "SwitchEvaluation",
     "SwitchPack",
     "SwitchRecord",

@@ -39,7 +39,10 @@ def _row(study: BaselinesRecipe, label: str, wanted: int | None) -> Row:
 def _settings(method: MethodSection) -> dict[str, Any]:
     expand = method.expand and method.expand.model_dump(mode="json", exclude_unset=True)
     train: Mapping[str, Any] = method.train
-    return {"expand": expand, "train": dict(train)}
+    settings = {"expand": expand, "train": dict(train)}
+    if method.switch is not None:
+        settings["evaluate"] = {"switch": method.switch.model_dump(mode="json")}
+    return settings
 
 
 def _trained(study: BaselinesRecipe, label: str) -> int:

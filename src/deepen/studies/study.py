@@ -18,6 +18,7 @@ from deepen.studies.cost import Planned, plan_costs
 from deepen.studies.engine import Finished, Outcome, Share, Slot, run_cells
 from deepen.studies.grid import Grid
 from deepen.studies.knowledge.study import KnowledgeStudy, open_knowledge
+from deepen.studies.switched import switched_rows
 from deepen.studies.table import study_rows
 
 GridKind = Literal["baselines", "ablation"]
@@ -135,6 +136,7 @@ def collect_study(study: Study) -> StudyRecord:
         waiting=[_why(slot) for slot, record in zip(slots, records, strict=True) if record is None],
         matched=study.matched,
         rows=study_rows(grid, store),
+        switched=switched_rows(grid, store),
         choices=[choice for choice in choices if choice],
         provenance=next((record.provenance for record in records if record), None),
         codes=sorted({record.code for record in records if record and record.code}),
