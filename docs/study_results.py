@@ -13,10 +13,12 @@ from deepen.records import (
     StudyRecord,
     StudyRow,
     StudyScore,
+    StudySwitch,
     read_record,
 )
 from deepen.report.study import beaten
 from deepen.report.study_figures import count_charts, plane
+from deepen.report.study_switch import switched_lines, switched_tables
 from deepen.report.svg import Chart
 from deepen.report.wording import change, count, loss
 
@@ -95,7 +97,28 @@ def _domain(record: StudyRecord, name: str, domain: str) -> str:
     drawings = _drawings(record, name, domain)
     shown = "".join(f"![{chart.title}](images/{file})\n" for file, chart in drawings)
     seeds = max(len(row.seeds) for row in rows)
-    return f"**{domain}** ({texts}, {first.domain_score.n} documents; {seeds} seeds)\n\n{table}{shown}\n"
+    switched = "".join(_switched(each) for each in switched_tables(record, domain))
+    title = f"**{domain}** ({texts}, {first.domain_score.n} documents; {seeds} seeds)"
+    return f"{title}\n\n{table}{switched}{shown}\n"
+
+
+def _switched(rows: Sequence[StudySwitch]) -> str:
+    first, sides = rows[0], ("domain", "general")
+    said = f"With a switch, behind the first {first.prompt_tokens} tokens of each window, which decide:"
+    head = [
+        "",
+        *(f"{side}: Δ and 95% interval; seeds" for side in sides),
+        *(f"{side}: wrong" for side in sides),
+    ]
+    base = ["base", loss(first.domain_score.base_value), _base_of(first.general), "", "", ""]
+    lines = [
+        [
+            *(line.label, _score(line.domain), _score(line.general), line.domain_wrong, line.general_wrong),
+            "" if line.cost is None else f"{line.cost:.2f} prefills",
+        ]
+        for line in switched_lines(rows)
+    ]
+    return f"{said}\n\n{_table([*head, 'a decision'], [base, *lines])}"
 
 
 def _goals(records: Mapping[str, StudyRecord]) -> str:

@@ -19,6 +19,7 @@ from deepen.errors import RecipeError
 from deepen.expansion import plan_layout
 from deepen.model import freeze_base, insert_blocks
 from deepen.pipeline.run import run_recipe
+from deepen.records import read_metrics
 from deepen.training.interface import Hooks, Settings
 from deepen.training.loop import train
 from deepen.training.optimizer import build_optimizer
@@ -41,7 +42,7 @@ def checkpoint(tmp_path_factory):
     return write_tiny_llama(tmp_path_factory.mktemp("rates") / "base", blocks=3)
 
 
-def trained(checkpoint, steps, optimizer=None, **rates):
+def trained(checkpoint, steps, said=None, **rates):
     """Train new blocks; return their parameters, the optimiser, and their weights after each step."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     insert_blocks(model, plan_layout(3, blocks=2))
@@ -62,7 +63,9 @@ def trained(checkpoint, steps, optimizer=None, **rates):
     )
     path = []
 
-    def note(_):
+    def note(report):
+        if said is not None:
+            said.append(report.unit_rates)
         path.append({name: p.detach().clone() for name, p in parameters.items()})
 
     hooks = Hooks(log=note, evaluate=lambda _: None, save=lambda _: None, stop=bool)
@@ -134,6 +137,23 @@ def test_what_general_text_needs_moves_less(checkpoint, rows):
         assert all(size > 0 for name, size in moved.items() if name != still)
 
 
+def test_each_measurement_is_told(checkpoint):
+    said = []
+    parameters, optimizer, _ = trained(checkpoint, 6, said, lower=0.5)
+    assert [spread is not None for spread in said] == [False, False, True, False, True, False]
+    rates = sorted(optimizer.state[parameter][RATE].item() for parameter in parameters.values())
+    last = said[4]
+    assert (last.least, last.greatest) == pytest.approx((rates[0], rates[-1])) == (0.5, 2.0)
+    assert last.median == pytest.approx(rates[(len(rates) - 1) // 2])
+
+
+def test_without_rates_of_their_own_nothing_is_hooked(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.optim.Optimizer, "register_step_pre_hook", None)
+    said = []
+    trained(checkpoint, 2, said)
+    assert said == [None, None]
+
+
 # --- recipes and runs
 
 RECIPE = """
@@ -180,6 +200,10 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path):
     run_recipe(load_recipe(write_recipe(tmp_path, output=str(whole), **changes)))
     wanted = load_file(whole / "blocks" / "blocks.safetensors")
     assert f"{next(iter(wanted))}/{RATE}" in load_file(whole / "checkpoints/step-3/optimizer.safetensors")
+    points, _ = read_metrics(whole / "metrics.jsonl")
+    spreads = {point.step: point.unit_rates for point in points if point.unit_rates}
+    assert list(spreads) == [3, 5]
+    assert (spreads[3].least, spreads[3].greatest) == (0, 2)
     for step in (2, 3):
         run = tmp_path / f"from-{step}"
         run.mkdir()

@@ -17,7 +17,7 @@ from deepen.config.load import (
     make_section,
     parse_recipe,
 )
-from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe
+from deepen.config.recipe import EvaluateSection, ExpandSection, Recipe, SwitchSection
 from deepen.config.sft import ConversationSet, Format, SftSection
 from deepen.config.study import (
     AblationRecipe,
@@ -59,6 +59,7 @@ __all__ = [
     "SftSection",
     "Source",
     "StudyRecipe",
+    "SwitchSection",
     "TeacherSection",
     "TextSet",
     "TrainSection",

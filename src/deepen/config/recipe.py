@@ -85,6 +85,16 @@ class ExpandSection(Section):
         return self
 
 
+class SwitchSection(Section):
+    """A switch by likelihood: the beginning of each window decides whether the new blocks take part in it.
+
+    Nothing is fitted: they do where they make the beginning likelier than the base does.
+    """
+
+    prompt_tokens: Annotated[Count, Field(ge=2)] = 64
+    """So many first tokens of a window decide; those behind them are scored."""
+
+
 class EvaluateSection(Section):
     """Texts on which the base and the trained model are compared."""
 
@@ -104,6 +114,10 @@ class EvaluateSection(Section):
     effects: bool = False
     """Also measure on the first 20,000 tokens of each of these texts what each new block does: how much it
     writes, which predictions it changes, at which tokens. Only with method `blocks`."""
+
+    switch: SwitchSection | None = None
+    """Also measure on these texts what a [switch](switch.md) loses and keeps, how often it errs, and what it
+    costs. Costs as much as evaluating twice more. Only with method `blocks`."""
 
     suites: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Benchmarks after training, base and model on the same items: `open-llm`, `code`, `math`, `law`,
@@ -248,6 +262,8 @@ class Recipe(Section):
             raise ValueError(f"shift needs the base inside the {kind} model, which {method} does not keep")
         if evaluate.effects and method:
             raise ValueError(f"effects is about new blocks that train, which {method} does not have")
+        if evaluate.switch:
+            _check_switch(evaluate, evaluate.switch, info.data.get("data"), method)
         if train and train.max_general_loss is not None and not evaluate.general:
             raise ValueError("general: missing; train.max_general_loss is about its texts")
         return evaluate
@@ -262,6 +278,20 @@ class Recipe(Section):
                 "an adapter is not added to quantised matrices; merge it into the unquantised base with peft"
             )
         return merge
+
+
+def _check_switch(
+    evaluate: EvaluateSection, switch: SwitchSection, data: DataSection | None, method: str | None
+) -> None:
+    if method:
+        raise ValueError(f"switch is about new blocks that can be left out, which {method} does not have")
+    if not (evaluate.general or evaluate.domain or (data and data.heldout)):
+        raise ValueError("switch: no text to decide on; give general and domain")
+    if data and switch.prompt_tokens > data.sequence_length:
+        raise ValueError(
+            f"switch.prompt_tokens: {switch.prompt_tokens} leaves nothing to score of a window of "
+            f"data.sequence_length {data.sequence_length}"
+        )
 
 
 def _drift_faults(train: TrainSection, data: DataSection | None) -> list[str]:

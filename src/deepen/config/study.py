@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from deepen.config.recipe import ExpandSection, Placement, Zero
+from deepen.config.recipe import ExpandSection, Placement, SwitchSection, Zero
 from deepen.config.section import Count, Index, Positive, Section, as_tuple
 from deepen.config.texts import Source, TextSet
 
@@ -91,6 +91,9 @@ class MethodSection(Section):
 
     learning_rates: Rates | None = None
     """Its own grid; default: the study's."""
+
+    switch: SwitchSection | None = None
+    """`evaluate.switch` of its cells, for method `blocks`: a further row, of the same cells with a switch."""
 
 
 class BaselinesRecipe(StudyRecipe):

@@ -74,6 +74,11 @@ class RunDirectory:
         return self.evaluation / "effects.json"
 
     @property
+    def switch(self) -> Path:
+        """What a switch loses and keeps, where that was measured."""
+        return self.evaluation / "switch.json"
+
+    @property
     def findings(self) -> Path:
         """What the checks of the training text found: overlap with the evaluation texts, near-duplicates."""
         return self.root / "findings.json"

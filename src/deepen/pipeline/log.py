@@ -71,6 +71,7 @@ class RunLog:
                 "tokens": report.step * self._step_tokens,
                 "loss": report.loss,
                 **({} if report.anchor is None else {"anchor": report.anchor}),
+                **({} if report.unit_rates is None else {"unit_rates": asdict(report.unit_rates)}),
                 "learning_rate": report.learning_rate,
                 "gradient_norm": report.gradient_norm,
                 "tokens_per_second": round(rate, 1),

@@ -213,7 +213,7 @@ def tuning_recipe(recipe: Recipe) -> Recipe:
     """Return what tunes after training, as a recipe of its own: in `sft/`, on the pack that training left."""
     assert recipe.sft is not None
     keeps = recipe.sft.trainable == "new"
-    measured = {"shift": recipe.evaluate.shift and keeps, "effects": recipe.evaluate.effects and keeps}
+    measured = {} if keeps else {"shift": False, "effects": False, "switch": None}
     evaluate = recipe.evaluate.model_copy(update=measured)
     changes = {
         "output": str(Path(recipe.output) / "sft"),

@@ -29,6 +29,7 @@ from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run, tuning
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.scoring import shift_texts
+from deepen.pipeline.switched import record_switch, switched_texts
 from deepen.pipeline.texts import load_tokenizer
 from deepen.pipeline.trainee import (
     Trainee,
@@ -153,6 +154,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         return finished
     recipe, material = outline.recipe, prepare_material(outline, world, reporter)
     mixture, texts = material.mixture, material.texts
+    switched = switched_texts(recipe, texts)
     plan = count_steps(outline, mixture)
     if plan.train.epochs:
         windows = f"{mixture.windows_per_epoch:,} windows"
@@ -180,6 +182,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         outputs = _save(plan, trainee, directory, material.template, reporter)
         _record(plan, texts, losses, base, shift, directory, outputs[0], provenance)
         _effects(plan, trainee, texts, outputs[0], directory, reporter)
+        record_switch(recipe, trainee, switched, str(outputs[0]), directory.switch, reporter)
         quantisation = conclude_quantisation(plan, trainee, place, texts, base, losses, reporter)
         set_aside(trainee)
         evaluate_run(outputs[0], recipe, directory.evaluation, place.device, reporter)

@@ -9,22 +9,26 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from deepen.blocks import BLOCKS_NAME
+from deepen.checkpoint import write_file
+from deepen.config import Recipe
 from deepen.data.evaluation_text import EvaluationText
 from deepen.errors import SwitchError
 from deepen.evaluation.heldout import evaluate_texts
 from deepen.evaluation.record import text_metrics, text_results
 from deepen.evaluation.switching import after_prompt
+from deepen.evaluation.windows import evaluating
 from deepen.model import Decision, Likelihood, Switch, load, playing, set_switch, switch_of
 from deepen.model.structure import blocks_of, family_of
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.subject import Subject, pack_directory
 from deepen.pipeline.switch import count_answers
+from deepen.pipeline.trainee import Trainee
 from deepen.records import (
-    Metric,
     SwitchCost,
     SwitchEvaluation,
     SwitchRow,
     SwitchTally,
+    TextResult,
     capture_provenance,
 )
 from deepen.training.flops import count_flops
@@ -55,12 +59,59 @@ def load_switched(target: str, subject: Subject, switch: str, device: torch.devi
     return set_switch(model, "auto")
 
 
+def switched_texts(recipe: Recipe, texts: Sequence[EvaluationText]) -> list[EvaluationText]:
+    """Return those texts of a run on which it measures a switch: all but conversations, if asked to.
+
+    Raises:
+        SwitchError: one has nothing behind its prompts.
+    """
+    if recipe.evaluate.switch is None:
+        return []
+    found = [text for text in texts if text.counted is None]
+    behind_prompts(found, recipe.evaluate.switch.prompt_tokens)
+    return found
+
+
+def record_switch(
+    recipe: Recipe,
+    trainee: Trainee,
+    texts: Sequence[EvaluationText],
+    name: str,
+    record: Path,
+    reporter: Reporter,
+) -> None:
+    """Measure the switch that a recipe asks for on what its run has trained, and write the record.
+
+    Args:
+        recipe: of the run.
+        trainee: whole, in this process.
+        texts: from `switched_texts`; without any nothing is measured.
+        name: of the model, for the record.
+        record: where it is written.
+        reporter: is told how far it is.
+    """
+    section = recipe.evaluate.switch
+    if section is None or not texts:
+        return
+    found = measure_switch(
+        trainee.model,
+        texts,
+        reporter,
+        names=(name, recipe.base, "auto"),
+        switch=Switch(prompt_tokens=section.prompt_tokens),
+        autocast=trainee.autocast,
+    )
+    write_file(record, found.model_dump_json(indent=1) + "\n")
+
+
 def measure_switch(
     model: PreTrainedModel,
     texts: Sequence[EvaluationText],
     reporter: Reporter,
     *,
     names: tuple[str, str, str],
+    switch: Switch | None = None,
+    autocast: torch.dtype | None = None,
 ) -> SwitchEvaluation:
     """Score the base, each pack always on, and the switch, on the same tokens.
 
@@ -69,26 +120,29 @@ def measure_switch(
     the loss of who was chosen.
 
     Args:
-        model: a model with a switch.
+        model: has the packs attached.
         texts: in windows.
         reporter: is told how far it is.
         names: of model, base and switch.
+        switch: what decides; None: the model's own switch.
+        autocast: dtype of the compute, or None for the parameters' own.
 
     Raises:
-        SwitchError: a text has no window longer than a prompt.
+        SwitchError: a text has no window longer than a prompt, or the model has no switch and none is given.
     """
-    switch = switch_of(model)
-    assert switch is not None
-    scored = [after_prompt(text, switch.prompt_tokens) for text in texts]
-    _check_long_enough(scored, switch)
+    switch = switch or switch_of(model)
+    if switch is None:
+        raise SwitchError(f"{names[0]}: has no switch to measure")
+    scored = behind_prompts(texts, switch.prompt_tokens)
     reporter.stage("deciding")
     packs = switch.candidates(model)
-    decided = {text.task: _decide(model, switch, text) for text in scored}
+    with evaluating(model), torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+        decided = {text.task: _decide(model, switch, text) for text in scored}
     losses: dict[str | None, Nats] = {}
     for pack in (None, *packs):
         reporter.stage(f"held-out loss of {pack or 'the base'}")
         with playing(model, () if pack is None else (pack,)):
-            losses[pack] = evaluate_texts(model, scored, progress=reporter.progress)
+            losses[pack] = evaluate_texts(model, scored, autocast=autocast, progress=reporter.progress)
     cost = _cost(model, switch, packs, [each for many in decided.values() for each in many])
     chosen = {task: _chosen(task, many, losses) for task, many in decided.items()}
     rows = [(pack, losses[pack]) for pack in packs] + [("switch", chosen)]
@@ -104,18 +158,25 @@ def measure_switch(
             text.task: len(text.windows) - len(left.windows) for text, left in zip(texts, scored, strict=True)
         },
         tallies=[_tally(text, decided[text.task], packs) for text in scored],
-        rows=[SwitchRow(answers=name, metrics=_metrics(scored, nats, losses[None])) for name, nats in rows],
+        rows=[_row(name, text_results(scored, nats, losses[None])) for name, nats in rows],
         cost=cost,
         provenance=capture_provenance(data={text.task: text.digest for text in texts}),
     )
 
 
-def _check_long_enough(texts: Sequence[EvaluationText], switch: Switch) -> None:
-    if short := [text.task for text in texts if not text.windows]:
+def behind_prompts(texts: Sequence[EvaluationText], prompt_tokens: int) -> list[EvaluationText]:
+    """Return the texts of which only what lies behind the first tokens of each window is scored.
+
+    Raises:
+        SwitchError: a text has no window longer than that.
+    """
+    left = [after_prompt(text, prompt_tokens) for text in texts]
+    if short := [text.task for text in left if not text.tokens]:
         raise SwitchError(
-            f"{short[0]}: no window is longer than the {switch.prompt_tokens} tokens that decide; "
+            f"{short[0]}: no window is longer than the {prompt_tokens} tokens that decide; "
             "nothing is left to score"
         )
+    return left
 
 
 def _decide(model: PreTrainedModel, switch: Switch, text: EvaluationText) -> tuple[Decision, ...]:
@@ -128,8 +189,8 @@ def _chosen(
     return np.array([losses[each.pack][task][number] for number, each in enumerate(decisions)])
 
 
-def _metrics(texts: Sequence[EvaluationText], nats: Nats, base: Nats) -> list[Metric]:
-    return text_metrics(text_results(texts, nats, base))
+def _row(answers: str, results: list[TextResult]) -> SwitchRow:
+    return SwitchRow(answers=answers, metrics=text_metrics(results), texts=results)
 
 
 def _tally(text: EvaluationText, decisions: Sequence[Decision], packs: Sequence[str]) -> SwitchTally:

@@ -13,7 +13,7 @@ from deepen.records.effects import BlockEffects, EffectsRecord, TextEffect, Toke
 from deepen.records.findings import FindingsRecord
 from deepen.records.importance import BlockImportance, ImportanceRecord
 from deepen.records.knowledge import KnowledgeRecord, KnowledgeRow
-from deepen.records.metrics import BlockPoint, EvaluationPoint, TrainingPoint, read_metrics
+from deepen.records.metrics import BlockPoint, EvaluationPoint, RatePoint, TrainingPoint, read_metrics
 from deepen.records.provenance import Provenance, capture_provenance
 from deepen.records.results import (
     AuditResult,
@@ -41,6 +41,8 @@ from deepen.records.study import (
     StudyRecord,
     StudyRow,
     StudyScore,
+    StudySwitch,
+    SwitchErrors,
 )
 from deepen.records.switch import (
     SwitchCost,
@@ -84,6 +86,7 @@ __all__ = [
     "QuantisationResult",
     "QuantisedLoss",
     "RateChoice",
+    "RatePoint",
     "Role",
     "Row",
     "RunFacts",
@@ -96,7 +99,9 @@ __all__ = [
     "StudyRecord",
     "StudyRow",
     "StudyScore",
+    "StudySwitch",
     "SwitchCost",
+    "SwitchErrors",
     "SwitchEvaluation",
     "SwitchPack",
     "SwitchRecord",

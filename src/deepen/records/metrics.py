@@ -21,6 +21,20 @@ class BlockPoint(Record):
     update: float
 
 
+class RatePoint(Record):
+    """Factors on the learning rate that a measurement gave the units of what trains.
+
+    Attributes:
+        least: of the unit that general text needs most.
+        median: over units.
+        greatest: of the unit it needs least.
+    """
+
+    least: float
+    median: float
+    greatest: float
+
+
 class TrainingPoint(Record):
     """One optimiser step.
 
@@ -39,6 +53,7 @@ class TrainingPoint(Record):
         blocks: block -> its figures, for each in which something trains.
         source_epochs: windows seen so far of each source, as a share of all it has.
         anchor: mean KL(base ‖ model) on the step's anchor, nats per token; None without one.
+        unit_rates: measured just before the step; None in steps without a measurement.
     """
 
     step: int
@@ -55,6 +70,7 @@ class TrainingPoint(Record):
     blocks: dict[int, BlockPoint] = Field(default_factory=dict)
     source_epochs: dict[str, float] = Field(default_factory=dict)
     anchor: float | None = None
+    unit_rates: RatePoint | None = None
 
 
 class EvaluationPoint(Record):

@@ -182,6 +182,54 @@ class StudyPair(Record):
         return None
 
 
+class SwitchErrors(Record):
+    """Wrong decisions of a switch: of general text for the new blocks, of domain text for the base.
+
+    Attributes:
+        wrong: over all seeds.
+        decided: windows decided about, over all seeds.
+    """
+
+    wrong: int
+    decided: int
+
+
+class StudySwitch(Record):
+    """What a row's cells are with a switch, on the tokens behind the first ones of each window.
+
+    Scores are as in a `StudyRow`, but of other tokens: they stand beside each other, not beside the rows'.
+
+    Attributes:
+        row: label, that of `beside` and `+ switch`.
+        beside: label of the row whose cells they are.
+        domain: label.
+        prompt_tokens: first tokens of a window, which decide about it and are not scored.
+        seeds: of the finished cells.
+        cells: their directories, relative to the study's.
+        always_general: with the new blocks always on; None without general texts.
+        always_domain: the same of what was learned.
+        general: with the switch; None without general texts.
+        domain_score: the same of what was learned.
+        general_errors: None without general texts.
+        domain_errors: of the texts reported.
+        cost: FLOPs of a decision over those of the base's own prefill of what is read.
+    """
+
+    row: str
+    beside: str
+    domain: str
+    prompt_tokens: int
+    seeds: list[int]
+    cells: list[str]
+    always_general: StudyScore | None
+    always_domain: StudyScore
+    general: StudyScore | None
+    domain_score: StudyScore
+    general_errors: SwitchErrors | None
+    domain_errors: SwitchErrors
+    cost: float
+
+
 class StudyRecord(Record):
     """`study.json`: the table of a study, of the cells finished so far.
 
@@ -196,6 +244,7 @@ class StudyRecord(Record):
         matched: parameters that rows of method `lora` and `freeze` were to come near to; None: not asked for.
         rows: row by row within each domain; only rows with a finished cell.
         pairs: every two rows of a domain beside each other.
+        switched: rows whose cells measured a switch, with it; in the order of `rows`.
         choices: of learning rates; none where there was one rate only.
         provenance: of the first cell; None without one.
         codes: commits of deepen that computed them.
@@ -212,6 +261,7 @@ class StudyRecord(Record):
     matched: int | None = None
     rows: list[StudyRow]
     pairs: list[StudyPair] = Field(default_factory=list)
+    switched: list[StudySwitch] = Field(default_factory=list)
     choices: list[RateChoice]
     provenance: Provenance | None
     codes: list[str]

@@ -2,9 +2,11 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from deepen.records.provenance import Provenance
 from deepen.records.record import Record
-from deepen.records.results import Metric
+from deepen.records.results import Metric, TextResult
 
 
 class SwitchPack(Record):
@@ -76,10 +78,12 @@ class SwitchRow(Record):
     Attributes:
         answers: `switch`, or the name of the pack that is always on.
         metrics: nats per token of each text beside the base's.
+        texts: the items behind them, without bytes.
     """
 
     answers: str
     metrics: list[Metric]
+    texts: list[TextResult] = Field(default_factory=list)
 
 
 class SwitchCost(Record):

@@ -9,6 +9,7 @@ from deepen.report.figures import heldout_chart, speed_chart, training_chart
 from deepen.report.layout import draw_tower
 from deepen.report.read import RunReport, read_run
 from deepen.report.retention import describe_kept, describe_tasks, divergence, margin_of, token_shifts
+from deepen.report.switch import describe_switch
 from deepen.report.templates import render
 from deepen.report.wording import verdict
 from deepen.report.write import write_page
@@ -59,6 +60,8 @@ def render_report(report: RunReport, *, reload: int | None = None) -> str:
         blocks=trace_blocks(report),
         effects=report.effects,
         effects_chart=effects_chart(report.effects) if report.effects else None,
+        switch=report.switch,
+        switched=describe_switch(report.switch) if report.switch else [],
         spark=(WIDTH, HEIGHT),
         recipe=dump_recipe(report.recipe),
     )

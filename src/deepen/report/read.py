@@ -15,6 +15,7 @@ from deepen.records import (
     Provenance,
     Role,
     RunResult,
+    SwitchEvaluation,
     TaskRecord,
     TrainingPoint,
     read_metrics,
@@ -51,6 +52,7 @@ class RunReport:
         evaluations: held-out losses during training, ascending.
         heldout: the final evaluation, or None where the recipe names no texts.
         effects: what each new block does, or None where it was not measured.
+        switch: what a switch loses and keeps, or None where it was not measured.
         tasks: finished benchmark tasks, by name.
         findings: of the checks of its texts in one line, or None where it asks for none.
     """
@@ -63,6 +65,7 @@ class RunReport:
     evaluations: list[EvaluationPoint]
     heldout: EvaluationRecord | None
     effects: EffectsRecord | None
+    switch: SwitchEvaluation | None
     tasks: list[TaskRecord]
     findings: str | None
 
@@ -204,7 +207,7 @@ def watch_run(run_dir: Path) -> RunReport:
 def _read(run_dir: Path, outcome: RunResult | None) -> RunReport:
     training, evaluations = read_metrics(run_dir / "metrics.jsonl")
     heldout, findings = run_dir / "evaluation" / "heldout.json", run_dir / "findings.json"
-    effects = heldout.with_name("effects.json")
+    effects, switch = (heldout.with_name(name) for name in ("effects.json", "switch.json"))
     return RunReport(
         name=run_dir.resolve().name,
         outcome=outcome,
@@ -214,6 +217,7 @@ def _read(run_dir: Path, outcome: RunResult | None) -> RunReport:
         evaluations=evaluations,
         heldout=read_record(heldout, EvaluationRecord) if heldout.exists() else None,
         effects=read_record(effects, EffectsRecord) if effects.exists() else None,
+        switch=read_record(switch, SwitchEvaluation) if switch.exists() else None,
         tasks=[read_record(path, TaskRecord) for path in sorted(heldout.parent.glob("task-*.json"))],
         findings=read_record(findings, FindingsRecord).line if findings.exists() else None,
     )

@@ -18,6 +18,7 @@ from deepen.records import (
 from deepen.report.continual import write_continual_report
 from deepen.report.knowledge import print_knowledge, write_knowledge_report
 from deepen.report.study_figures import count_charts, curves_chart, plane
+from deepen.report.study_switch import shown_score, switched_lines, switched_table, switched_tables
 from deepen.report.templates import render
 from deepen.report.wording import change, interval
 from deepen.report.write import write_page
@@ -74,6 +75,8 @@ def render_study(record: StudyRecord) -> str:
         },
         edges=[choice for choice in record.choices if choice.at_edge],
         spread=seed_spread,
+        switched={domain: switched_tables(record, domain) for domain in domains},
+        switched_lines=switched_lines,
         findings=describe_study(record),
         beaten=beaten(record),
     )
@@ -129,6 +132,8 @@ def print_study(record: StudyRecord | KnowledgeRecord, console: Console) -> None
         print_knowledge(record, console)
         return
     console.print(study_table(record))
+    if record.switched:
+        console.print(switched_table(record))
     for line in describe_study(record):
         console.print(line, highlight=False, soft_wrap=True)
     for choice in record.choices:
@@ -145,10 +150,6 @@ def study_table(record: StudyRecord) -> Table:
     for heading in ("domain Δ", "general Δ", "seeds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in record.rows:
-        scores = (_shown(row.domain_score), _shown(row.general))
+        scores = (shown_score(row.domain_score), shown_score(row.general))
         table.add_row(*map(Text, (row.domain, row.row, *scores, str(len(row.seeds)))))
     return table
-
-
-def _shown(score: StudyScore | None) -> str:
-    return "–" if score is None else f"{change(score.delta)}\n{interval(score.ci_low, score.ci_high)}"

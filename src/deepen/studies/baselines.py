@@ -37,7 +37,10 @@ def _row(study: BaselinesRecipe, label: str, wanted: int | None) -> Row:
 
 def _settings(method: MethodSection) -> dict[str, Any]:
     expand = method.expand and method.expand.model_dump(mode="json", exclude_unset=True)
-    return {"expand": expand, "train": dict(method.train), "data": dict(method.data)}
+    settings = {"expand": expand, "train": dict(method.train), "data": dict(method.data)}
+    if method.switch is not None:
+        settings["evaluate"] = {"switch": method.switch.model_dump(mode="json")}
+    return settings
 
 
 def _trained(study: BaselinesRecipe, label: str) -> int:

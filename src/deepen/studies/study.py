@@ -19,6 +19,7 @@ from deepen.studies.engine import Finished, Outcome, Share, Slot, run_cells
 from deepen.studies.grid import Grid
 from deepen.studies.knowledge.study import KnowledgeStudy, open_knowledge
 from deepen.studies.pairs import study_pairs
+from deepen.studies.switched import switched_rows
 from deepen.studies.table import study_rows
 
 GridKind = Literal["baselines", "ablation"]
@@ -138,6 +139,7 @@ def collect_study(study: Study) -> StudyRecord:
         matched=study.matched,
         rows=rows,
         pairs=study_pairs(rows, store),
+        switched=switched_rows(grid, store),
         choices=[choice for choice in choices if choice],
         provenance=next((record.provenance for record in records if record), None),
         codes=sorted({record.code for record in records if record and record.code}),

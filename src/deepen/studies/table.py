@@ -1,6 +1,6 @@
 """The table of a study over rows × domains × seeds, made of its finished cells and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -28,6 +28,10 @@ from deepen.studies.grid import Grid, Place, labels
 _CURVE_POINTS = 60
 
 
+Texts = Mapping[str, Sequence[TextResult]]
+"""Directory of a cell, relative to the study's -> what it was evaluated on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """A finished cell of a row: its record, where it lies, and the items of its texts."""
@@ -53,17 +57,16 @@ def _row(grid: Grid, place: Place, store: Store) -> StudyRow | None:
     rate = grid.rate(place, store.finished)
     if rate is None:
         return None
-    cells = {seed: grid.cell(place, rate, seed) for seed in grid.study.seeds}
-    held = {seed: record for seed, cell in cells.items() if (record := store.finished(cell))}
-    diverged = [seed for seed, record in held.items() if record.result.get("diverged")]
+    held = finished_cells(grid, place, rate, store)
+    diverged = [seed for seed, (_, record) in held.items() if record.result.get("diverged")]
     runs = [
-        _read(store, str(store.directory(cells[seed]).relative_to(store.study)), seed, record)
-        for seed, record in held.items()
-        if seed not in diverged
+        _read(store, folder, seed, record) for seed, (folder, record) in held.items() if seed not in diverged
     ]
     if not runs:
         return None
-    first, reported = runs[0].facts, grid.study.domains[place.domain].reported
+    first, texts = runs[0].facts, {run.folder: run.texts for run in runs}
+    general = grid.recipe(place, rate, runs[0].seed).evaluate.general
+    reported = grid.study.domains[place.domain].reported
     return StudyRow(
         row=place.row.label,
         domain=place.domain,
@@ -72,17 +75,27 @@ def _row(grid: Grid, place: Place, store: Store) -> StudyRow | None:
         layout=first.layout,
         learning_rate=rate,
         seeds=[run.seed for run in runs],
-        missing=[seed for seed in cells if seed not in held],
+        missing=[seed for seed in grid.study.seeds if seed not in held],
         diverged=diverged,
         cells=[run.folder for run in runs],
         trainable=first.trainable,
         tokens=first.tokens,
         flops=first.flops,
         seconds=median(run.facts.seconds for run in runs),
-        general=_score(runs, "general", grid.recipe(place, rate, runs[0].seed).evaluate.general),
-        domain_score=_needed(_score(runs, "domain", reported), place),
+        general=pooled_score(texts, "general", general),
+        domain_score=needed(pooled_score(texts, "domain", reported), place),
         curve=_mean_curve([run.training for run in runs]),
     )
+
+
+def finished_cells(grid: Grid, place: Place, rate: float, store: Store) -> dict[int, tuple[str, CellRecord]]:
+    """Return seed -> directory, relative to the study's, and record of the finished cells of a place."""
+    cells = {seed: grid.cell(place, rate, seed) for seed in grid.study.seeds}
+    return {
+        seed: (str(store.directory(cell).relative_to(store.study)), record)
+        for seed, cell in cells.items()
+        if (record := store.finished(cell))
+    }
 
 
 def _read(store: Store, folder: str, seed: int, record: CellRecord) -> _Run:
@@ -97,21 +110,38 @@ def _read(store: Store, folder: str, seed: int, record: CellRecord) -> _Run:
     )
 
 
-def _needed(score: StudyScore | None, place: Place) -> StudyScore:
+def needed(score: StudyScore | None, place: Place) -> StudyScore:
+    """Return a score of what a study reports.
+
+    Raises:
+        StudyError: there is none.
+    """
     if score is None:
         raise StudyError(f"{place.row.label} in {place.domain}: its cells hold none of the reported texts")
     return score
 
 
-def _score(runs: Sequence[_Run], role: Role, texts: Sequence[TextSet]) -> StudyScore | None:
-    """Pool the texts of a role; average over seeds before the items are resampled."""
+def pooled_score(found: Texts, role: Role, texts: Sequence[TextSet]) -> StudyScore | None:
+    """Pool the texts of a role; average over seeds before the items are resampled.
+
+    Args:
+        found: what the cells of a row were evaluated on, one of each seed.
+        role: of the texts.
+        texts: those that count.
+
+    Returns:
+        The score; None where they were evaluated on none of these texts.
+
+    Raises:
+        StudyError: two cells were not evaluated on the same items.
+    """
     names = labels(texts)
-    chosen = [[text for text in run.texts if text.role == role and text.task in names] for run in runs]
+    chosen = [[text for text in own if text.role == role and text.task in names] for own in found.values()]
     if not chosen[0]:
         return None
-    for run, own in zip(runs, chosen, strict=True):
+    for folder, own in zip(found, chosen, strict=True):
         if [text.digest for text in own] != [text.digest for text in chosen[0]]:
-            raise StudyError(f"{run.folder}: not evaluated on the same items as {runs[0].folder}")
+            raise StudyError(f"{folder}: not evaluated on the same items as {next(iter(found))}")
     tokens = _column(chosen[0], "tokens")
     base = _column(chosen[0], "base_nll")
     losses = np.stack([_column(own, "nll") for own in chosen])

@@ -73,6 +73,21 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateSpread:
+    """The factors on the learning rate that a measurement gave, over all units.
+
+    Attributes:
+        least: of any unit.
+        median: the lower one of the two in the middle, where the units are even in number.
+        greatest: of any unit.
+    """
+
+    least: float
+    median: float
+    greatest: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What one step measured.
 
@@ -86,6 +101,7 @@ class StepReport:
         blocks: block -> what reached it and moved in it, for each in which something trains.
         anchor: mean divergence from the base on the step's anchor before the update, in nats per token; None
             without one.
+        unit_rates: what a measurement just before the step gave units for rates; None where there was none.
     """
 
     step: int
@@ -96,6 +112,7 @@ class StepReport:
     sources: Mapping[int, int]
     blocks: Mapping[int, BlockReport]
     anchor: float | None = None
+    unit_rates: RateSpread | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

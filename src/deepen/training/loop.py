@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from deepen.errors import Diverged, Interrupted
 from deepen.model.structure import family_of
 from deepen.training.anchor import Anchor, anchor_loss
-from deepen.training.interface import Batch, Hooks, Settings, StepReport
+from deepen.training.interface import Batch, Hooks, RateSpread, Settings, StepReport
 from deepen.training.loss import IGNORED, Loss, summed_loss
 from deepen.training.meters import BlockReport, Blocks, by_block, gradient_norms, step_blocks
 from deepen.training.nonfinite import NotFinite, explain, find_bad_windows
@@ -97,13 +97,13 @@ def _step(
     settings: Settings,
     step: int,
     world: World,
-    measure: Callable[[int], None],
+    measure: Callable[[int], RateSpread | None],
 ) -> StepReport:
     begin = perf_counter()
     if not world.is_first:
         # The first process's random state is in the checkpoints; the others' follow from the step.
         torch.manual_seed(step * world.size + world.rank)
-    measure(step)
+    measured = measure(step)
     rate = _rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -127,6 +127,7 @@ def _step(
         sources={source: int(count) for source, count in enumerate(counts) if count},
         blocks={i: BlockReport(gradient_norm=reached[i], update=moved[i]) for i in blocks},
         anchor=others[0] if others else None,
+        unit_rates=measured,
     )
 
 
@@ -139,13 +140,13 @@ def _measure_rates(
     settings: Settings,
     world: World,
     step: int,
-) -> None:
+) -> RateSpread | None:
     """Measure, where it is due, what units matter to general text and to the domain; no weight moves."""
     if rates is None or not rates.due(step):
-        return
+        return None
     terms = (_Term(at(step, rates.windows), summed_loss) for at in (rates.general_at, batch_at))
     runs = [partial(_accumulate, root, [term], settings, world) for term in terms]
-    measure_rates(rates, parameters, optimizer, runs)
+    return measure_rates(rates, parameters, optimizer, runs)
 
 
 def _anchor_terms(anchor: Anchor | None, step: int) -> Iterator["_Term"]:

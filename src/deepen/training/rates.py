@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from deepen.training.interface import Batch
+from deepen.training.interface import Batch, RateSpread
 
 # Beside the moments in the optimiser's state, so that it lies in checkpoints as they do.
 RATE: Final = "unit_rate"
@@ -60,7 +60,7 @@ def measure_rates(
     parameters: Parameters,
     optimizer: torch.optim.Optimizer,
     runs: Sequence[Callable[[], Any]],
-) -> None:
+) -> RateSpread | None:
     """Give each unit its rate, in the optimiser's state.
 
     Args:
@@ -68,10 +68,13 @@ def measure_rates(
         parameters: what trains, replicated where there are several processes.
         optimizer: over exactly these.
         runs: two functions that leave in `grad` the gradients on general and on domain text.
+
+    Returns:
+        How far apart the rates are; None where no parameter was moved yet.
     """
     moved = {name: p for name, p in parameters.items() if optimizer.state.get(p)}
     if not moved:
-        return
+        return None
     general, domain = (_importance(moved, optimizer, run, rates.rows) for run in runs)
     whole = (torch.cat(part).cpu() for part in (general, domain))  # not every device has fp64
     found = unit_rates(*whole, lower=rates.lower, upper=rates.upper)
@@ -79,6 +82,8 @@ def measure_rates(
     for parameter, part in zip(moved.values(), parts, strict=True):
         shape = (-1, *[1] * (parameter.ndim - 1)) if len(part) > 1 else ()
         optimizer.state[parameter][RATE] = part.to(parameter).reshape(shape)
+    least, median, greatest = (each.item() for each in (found.min(), found.median(), found.max()))
+    return RateSpread(least=least, median=median, greatest=greatest)
 
 
 def unit_rates(general: torch.Tensor, domain: torch.Tensor, *, lower: float, upper: float) -> torch.Tensor:
@@ -123,6 +128,9 @@ def scaling_updates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     At rate 1 a weight is what the step made it, to the bit. The weights that a step moves are held twice
     meanwhile.
     """
+    if not any(RATE in held for held in optimizer.state.values()):
+        yield
+        return
     before: dict[nn.Parameter, torch.Tensor] = {}
 
     def keep(held: torch.optim.Optimizer, *_: Any) -> None:
