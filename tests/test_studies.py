@@ -450,6 +450,7 @@ def test_a_missing_text_is_said_at_once(place):
 KINDS = {
     "baselines-small": BaselinesRecipe,
     "ablation-small": AblationRecipe,
+    "ablation-zero": AblationRecipe,
     "continual-small": ContinualRecipe,
     "forgetting-books-4m": BaselinesRecipe,
     "forgetting-embedded": BaselinesRecipe,
