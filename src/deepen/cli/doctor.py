@@ -22,7 +22,7 @@ def doctor(
     quiet_transformers()
     if calibrate:
         _calibrate()
-    from deepen.pipeline.doctor import examine, missing_packages
+    from deepen.pipeline.doctor import examine
 
     facts = examine()
     if as_json:
@@ -32,10 +32,8 @@ def doctor(
         if name != "packages":
             _print(name, found)
     for package in facts["packages"] if isinstance(facts["packages"], list) else []:
-        state = package.version or "missing"
-        print(f"{'package':<12}{package.name:<14}{state:<10}{package.use}")
-    for package in missing_packages(facts):
-        print(f"{'to get it':<12}{package.name:<14}{package.install}")
+        state, get = (package.version, "") if package.version else ("missing", package.install)
+        print(f"{'package':<12}{package.name:<14}{state:<10}{package.use:<35}{get}".rstrip())
 
 
 def _calibrate() -> None:

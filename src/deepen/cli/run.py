@@ -46,6 +46,7 @@ def run(
     asked = load_recipe(recipe, settings or [])
     if dry_run:
         _report_plan(plan_run(asked), as_json)
+        check_run(asked, resume=True, overwrite=overwrite)
         return
     result = check_run(asked, resume=resume, overwrite=overwrite)
     if result is None:
