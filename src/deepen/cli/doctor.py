@@ -17,14 +17,15 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what this machine has, what a run would use, and what is missing."""
-    from deepen.cli.display import quiet_transformers
+    from deepen.cli.display import display
 
-    quiet_transformers()
-    if calibrate:
-        _calibrate()
-    from deepen.pipeline.doctor import examine
+    with display() as reporter:
+        if calibrate:
+            reporter.stage("measuring this machine")
+            _calibrate()
+        from deepen.pipeline.doctor import examine
 
-    facts = examine()
+        facts = examine()
     if as_json:
         print_json(facts)
         return
