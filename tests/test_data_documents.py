@@ -156,7 +156,16 @@ def test_a_bad_template_is_refused(tmp_path, template):
             r"a\.jsonl: line 2: no field 'text'; found body, id",
         ),
         ("a.json", b'[{"text": "x"}, {}]', r"a\.json: record 2: no field 'text'; found no keys"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl: line 2: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": \n',
+            r"a\.jsonl: line 2: not JSON: Expecting value at column 9$",
+        ),
+        (
+            "a.json",
+            b'[\n{"text": "x"},\n{"text" 1}]',
+            r"a\.json: not JSON: Expecting ':' .* at line 3 column 9$",
+        ),
         ("a.jsonl", b"[1, 2]\n", r"line 1: is a list, not an object"),
         ("a.jsonl", b'{"text": null}\n', r"line 1: field 'text' is null, not text"),
         ("a.jsonl", b'{"text": ["x"]}\n', r"line 1: field 'text' is a list, not text"),
