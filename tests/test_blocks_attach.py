@@ -169,6 +169,15 @@ def test_a_record_that_names_no_tensors(made, capsys):
     assert f"{pack}/expansion.json: new block 2: filled names none" in capsys.readouterr().err
 
 
+def test_of_a_run_the_pack_within_is_named(made, tmp_path, capsys):
+    base, pack = made
+    run = tmp_path / "run"
+    run.mkdir()
+    pack.rename(run / "blocks")
+    assert main(["blocks", "attach", str(base), str(run)]) == 2
+    assert f"this is not a block pack; that of this run is {run / 'blocks'}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fault", ["a tensor too many", "of another block", "record through a link"])
 def test_inspecting_malformed_ones(made, capsys, fault):
     FAULTS[fault][0](*made)

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -181,6 +182,26 @@ def test_neither_directory_nor_hub(name, monkeypatch):
     with pytest.raises(CheckpointError, match="no such directory") as caught:
         resolve_base(name)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "words"),
+    [
+        (LocalEntryNotFoundError("long"), ConnectionError("no route"), "(ConnectionError: no route)"),
+        (LocalEntryNotFoundError("long"), OfflineModeIsEnabled("off"), "HF_HUB_OFFLINE is set"),
+        (LocalEntryNotFoundError("not cached"), None, "(LocalEntryNotFoundError: not cached)"),
+        (RuntimeError("a" * 101), ValueError("b"), f"(RuntimeError: {'a' * 100}…)"),
+    ],
+    ids=["unreachable", "offline", "not-cached", "other"],
+)
+def test_why_the_hub_gave_nothing(error, cause, words, monkeypatch):
+    def snapshot_download(*args, **kwargs):
+        raise error from cause
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match="no such directory, and not from the hub") as caught:
+        resolve_base("org/absent")
+    assert words in str(caught.value)
 
 
 def test_the_hubs_files(monkeypatch, tmp_path):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from tiny_run import write_base, write_recipe
@@ -28,6 +29,24 @@ def test_prepare_makes_what_a_run_finds(tmp_path, recipe, capsys):
     assert [path.name for path in (tmp_path / "cache/corpora").iterdir()] == [source["digest"][:32]]
     assert run(capsys, "prepare", recipe)["sources"] == facts["sources"]
     assert not (tmp_path / "run").exists()
+
+
+def test_prepare_says_what_is_held_out_and_what_is_not_read(tmp_path, capsys):
+    write_base(tmp_path / "base")
+    recipe = write_recipe(tmp_path, data__heldout=0.3)
+    source = load_recipe(recipe).data.sources[0]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(Path(source.path).read_bytes())
+    (folder / "scan.pdf").write_bytes(b"%PDF")
+    there = ["--set", f"data.sources=[{{path: {folder}}}]"]
+    heldout = run(capsys, "prepare", recipe, *there)["sources"][0]["heldout_documents"]
+    assert 0 < heldout < 40
+    assert main(["data", "prepare", str(recipe), *there]) == 0
+    said = capsys.readouterr()
+    assert f" {40 - heldout} documents (" in said.out
+    assert f", {heldout} documents held out, " in said.out
+    assert f"{folder}: 1 of other kinds not read (.pdf)" in said.err
 
 
 def test_pieces_make_the_same_corpus(tmp_path, recipe, capsys):

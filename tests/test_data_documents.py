@@ -10,6 +10,7 @@ import pytest
 
 from deepen.config import TextSet
 from deepen.data.documents import find_files, read_documents
+from deepen.data.files import passed_over
 from deepen.errors import DataError
 
 
@@ -69,6 +70,16 @@ def test_a_name_with_glob_characters_is_a_name_first(tmp_path):
 def test_nothing_to_read_is_refused(tree, pattern, message):
     with pytest.raises(DataError, match=message):
         find_files(TextSet(path=os.path.join(tree, pattern)))
+
+
+def test_files_of_other_kinds_beside_texts_are_named(tmp_path):
+    for name in ("a.txt", "b.pdf", "deep/c.PDF", "d.docx", ".hidden.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert "3 of other kinds not read (.PDF, .docx, .pdf)" in str(passed_over(TextSet(path=str(tmp_path))))
+    assert "1 of other kinds not read (.pdf)" in str(passed_over(TextSet(path=str(tmp_path / "[ab].*"))))
+    assert passed_over(TextSet(path=str(tmp_path / "a.txt"))) is None
+    assert passed_over(TextSet(hub="some/texts")) is None
 
 
 def test_an_empty_directory_and_packed_parquet_are_refused(tmp_path):
@@ -145,7 +156,16 @@ def test_a_bad_template_is_refused(tmp_path, template):
             r"a\.jsonl: line 2: no field 'text'; found body, id",
         ),
         ("a.json", b'[{"text": "x"}, {}]', r"a\.json: record 2: no field 'text'; found no keys"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl: line 2: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": \n',
+            r"a\.jsonl: line 2: not JSON: Expecting value at column 9$",
+        ),
+        (
+            "a.json",
+            b'[\n{"text": "x"},\n{"text" 1}]',
+            r"a\.json: not JSON: Expecting ':' .* at line 3 column 9$",
+        ),
         ("a.jsonl", b"[1, 2]\n", r"line 1: is a list, not an object"),
         ("a.jsonl", b'{"text": null}\n', r"line 1: field 'text' is null, not text"),
         ("a.jsonl", b'{"text": ["x"]}\n', r"line 1: field 'text' is a list, not text"),

@@ -24,6 +24,7 @@ def test_without_a_terminal_lines_tell_loss_speed_and_time_left(clock, capsys):
         reporter.note("step 40: general 1.5000")
     assert capsys.readouterr() == (
         "",
+        "starting …\n"
         "training …\n"
         "training: 15/100, 85 s left  loss 4.850  1,000 tokens/s\n"
         "training: 30/100, 70 s left  loss 4.700  1,000 tokens/s\n"

@@ -23,7 +23,11 @@ from deepen.errors import CheckFailed, DataError, Interrupted, OutputError, Reci
 from deepen.expansion import verify_bytes
 from deepen.pipeline import curve, directory, run, trainee, training
 from deepen.pipeline.directory import open_run
+from deepen.pipeline.material import note_repeats
+from deepen.pipeline.plan import count_steps, plan_run
+from deepen.pipeline.reporter import Silent
 from deepen.pipeline.run import run_recipe
+from deepen.pipeline.texts import prepare_texts
 from deepen.records import EvaluationRecord, RunResult, read_record
 
 
@@ -245,6 +249,49 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert f"{human_count(count(model))} base + {new} new; {new} train" in facts
     assert "768 in 6 steps of 4 windows × 32 tokens" in facts
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_says_that_the_output_would_be_refused(tmp_path, capsys):
+    write_base(tmp_path / "base")
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "letter.txt").write_text("mine")
+    assert main(["run", str(recipe), "--dry-run"]) == 2
+    assert "exists and is not a run; choose another output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [9, 19, 49])
+def test_a_run_is_evaluated_ten_times_at_most_unless_asked(tmp_path, steps):
+    write_base(tmp_path / "base")
+    changes = {"tokens": steps * 128, "batch_tokens": 128, "evaluate_every": None, "checkpoint_every": None}
+    recipe = load_recipe(write_recipe(tmp_path, **{f"train__{key}": value for key, value in changes.items()}))
+    plan = count_steps(plan_run(recipe), mixture=None)
+    assert plan.steps == steps
+    assert math.ceil(steps / plan.evaluate_every) <= 10
+    assert math.ceil(steps / plan.checkpoint_every) <= 10
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"), [(10, []), (11, ["train: all of it is seen 11 times; give more"])]
+)
+def test_few_texts_seen_over_and_over_are_said(tmp_path, tokens, said):
+    write_base(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    recipe = write_recipe(tmp_path, data__sequence_length=8, train__batch_tokens=8)
+    mixture = prepare_texts(load_recipe(recipe), tokenizer, tmp_path / "cache", Silent()).mixture
+    windows = mixture.windows_per_epoch
+    asked = load_recipe(recipe, [f"train.tokens={tokens * windows * 8}"])
+    reporter = Notes()
+    note_repeats(count_steps(plan_run(asked), mixture), mixture, reporter)
+    assert [note[: len(words)] for note, words in zip(reporter.notes, said, strict=True)] == said
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
 
 
 def count(module):

@@ -202,6 +202,11 @@ def test_what_a_user_reads_speaks_of_yaml():
         assert "instance of" not in line
 
 
+def test_a_number_that_is_none_is_answered_with_one_that_is():
+    (line,) = faults(changed("tokens: 2e9", "tokens: 10k"))
+    assert line == "r.yaml: train.tokens: input should be a whole number, such as 4096 or 2e9, found '10k'"
+
+
 def test_all_faults_together():
     text = changed("tokens: 2e9", "tokens: -1, clp: 1").replace("name: math", "nmae: math")
     lines = faults(text.replace("output: runs/llama-pro-code", ""), "merge=maybe")
@@ -236,7 +241,12 @@ def test_contradictions_are_told_with_the_other_faults():
         ("base: a\nbase: b", "'base' stands twice"),
         ("train: {tokens: 1, tokens: 2}", "'tokens' stands twice"),
         ("base: [", "not valid YAML"),
-        ("base: \t- x", "not valid YAML"),
+        ("base: \t- x", "not valid YAML: line 1: "),
+        (
+            "data:\n\tsources: []",
+            "line 2: found character '\\t' that cannot start any token; indent with spaces",
+        ),
+        ("data: {path: *.txt}", "; text that begins with * stands in quotes"),
         ("a: " + "[" * 600, "not valid YAML"),
         ("base: 2024-13-45", "not valid YAML"),
         ("base: !!int x", "not valid YAML"),

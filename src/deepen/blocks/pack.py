@@ -148,7 +148,9 @@ def open_pack(pack: str | Path) -> Pack:
     """
     directory = resolve_pack(pack)
     if not os.path.lexists(directory / BLOCKS_NAME):
-        raise PackError(f"{directory}: has no {BLOCKS_NAME}; this is not a block pack")
+        inside = directory / "blocks"
+        hint = f"; that of this run is {inside}" if os.path.lexists(inside / BLOCKS_NAME) else ""
+        raise PackError(f"{directory}: has no {BLOCKS_NAME}; this is not a block pack{hint}")
     return Pack(directory, read_expansion(directory), read_shard(contained(directory, BLOCKS_NAME)))
 
 

@@ -56,11 +56,30 @@ def _download(name: str, *, config_only: bool = False) -> Path:
             return Path(hf_hub_download(name, "config.json"))
         return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client lets through whatever its network stack raises
-        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{name}: no such directory, and not from the hub ({type(error).__name__}: {reason[:100]}…).\n"
+            f"{name}: no such directory, and not from the hub ({_refusal(error)}).\n"
             "Check the spelling, log in for gated models, or download it elsewhere and give its directory"
         ) from None
+
+
+# What the hub's client raises, the most special first.
+_REFUSALS: Final = {
+    "GatedRepoError": "gated: ask for access on its page there, then `hf auth login`",
+    "RepositoryNotFoundError": "there is none of that name, or it is private",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and its cache does not hold it",
+}
+
+
+def _refusal(error: Exception) -> str:
+    """Say why the hub gave nothing. That it could not be asked is the cause of what its client raises."""
+    cause = error.__cause__ or error
+    kinds = {kind.__name__ for each in (error, cause) for kind in type(each).__mro__}
+    for name, reason in _REFUSALS.items():
+        if name in kinds:
+            return reason
+    told = cause if "LocalEntryNotFoundError" in kinds else error
+    text = " ".join(str(told).split())
+    return f"{type(told).__name__}: {text[:100] + '…' if len(text) > 100 else text}"
 
 
 def is_repository(name: str) -> bool:

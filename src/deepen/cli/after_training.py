@@ -119,7 +119,6 @@ def worth(
 
     points = tuple(_number(part, "--alphas") for part in alphas.split(","))
     with display() as reporter:
-        reporter.stage("starting")
         from deepen.config import TextSet
         from deepen.pipeline.evaluate import choose_device
         from deepen.pipeline.worth import WorthRequest, measure_worth
@@ -164,7 +163,6 @@ def effects(
     from deepen.cli.display import display
 
     with display() as reporter:
-        reporter.stage("starting")
         from deepen.config import TextSet
         from deepen.pipeline.effects import EffectsRequest, explain_blocks
         from deepen.pipeline.evaluate import choose_device

@@ -35,7 +35,6 @@ def demo(
     from deepen.cli.display import display
 
     with display() as reporter:
-        reporter.stage("starting")
         from deepen.demo.demo import run_demo
 
         runs = run_demo(out, overwrite=overwrite, reporter=reporter)

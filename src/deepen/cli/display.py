@@ -82,11 +82,10 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def display() -> Iterator[Reporter]:
-    """Give the reporter that suits stderr."""
-    quiet_transformers()
+    """Give the reporter that suits stderr; it begins with what takes seconds, the import of transformers."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Plain(console)
+        yield _started(_Plain(console))
         return
     columns = (
         TextColumn("{task.description}"),
@@ -96,4 +95,10 @@ def display() -> Iterator[Reporter]:
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console) as bar:
-        yield _Live(bar)
+        yield _started(_Live(bar))
+
+
+def _started(reporter: Reporter) -> Reporter:
+    reporter.stage("starting")
+    quiet_transformers()
+    return reporter

@@ -17,14 +17,15 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what this machine has, what a run would use, and what is missing."""
-    from deepen.cli.display import quiet_transformers
+    from deepen.cli.display import display
 
-    quiet_transformers()
-    if calibrate:
-        _calibrate()
-    from deepen.pipeline.doctor import examine, missing_packages
+    with display() as reporter:
+        if calibrate:
+            reporter.stage("measuring this machine")
+            _calibrate()
+        from deepen.pipeline.doctor import examine
 
-    facts = examine()
+        facts = examine()
     if as_json:
         print_json(facts)
         return
@@ -32,10 +33,8 @@ def doctor(
         if name != "packages":
             _print(name, found)
     for package in facts["packages"] if isinstance(facts["packages"], list) else []:
-        state = package.version or "missing"
-        print(f"{'package':<12}{package.name:<14}{state:<10}{package.use}")
-    for package in missing_packages(facts):
-        print(f"{'to get it':<12}{package.name:<14}{package.install}")
+        state, get = (package.version, "") if package.version else ("missing", package.install)
+        print(f"{'package':<12}{package.name:<14}{state:<10}{package.use:<35}{get}".rstrip())
 
 
 def _calibrate() -> None:

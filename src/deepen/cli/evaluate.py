@@ -94,7 +94,6 @@ def evaluate(
     from deepen.cli.display import display
 
     with display() as reporter:
-        reporter.stage("starting")
         from deepen.pipeline.chat import ChatSettings
         from deepen.pipeline.evaluate import Request, evaluate_model
 

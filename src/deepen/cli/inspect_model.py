@@ -34,7 +34,6 @@ def inspect(
     from deepen.config import TextSet
 
     with display() as reporter:
-        reporter.stage("starting")
         from deepen.checkpoint import write_file
         from deepen.pipeline.evaluate import choose_device
         from deepen.pipeline.importance import ImportanceRequest, measure_importance

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,23 +53,39 @@ def plan(
         "learning_rate": 1.0,
     }
     if model.endswith((".yaml", ".yml")):
-        job, chosen = _of_recipe(Path(model), settings or [], device, devices)
+        job_of = _of_recipe(Path(model), settings or [], device, devices)
     else:
-        job, chosen = _of_model(model, options, blocks, placement, sequence, device, devices)
-    _report(model, job, chosen, price, as_json)
+        job_of = _of_model(model, options, blocks, placement, sequence, device, devices)
+    from deepen.cli.display import display
+
+    with display() as reporter:
+        job, chosen = job_of()
+        reporter.stage("running one step without values")
+        facts = _facts(model, job, chosen, price)
+    if as_json:
+        print_json(facts)
+    else:
+        from deepen.cli.plan_page import print_plan
+
+        print_plan(facts)
 
 
-def _of_recipe(path: Path, settings: list[str], device: str, devices: int) -> tuple["Job", "Device"]:
+def _of_recipe(
+    path: Path, settings: list[str], device: str, devices: int
+) -> Callable[[], tuple["Job", "Device"]]:
+    """Read and check the recipe; what is returned imports torch when it is called."""
     from deepen.config import load_recipe
     from deepen.pipeline.plan import plan_run
 
     outline = plan_run(load_recipe(path, settings))
-    from deepen.cli.display import quiet_transformers
-    from deepen.pipeline.cost import choose_device, job_of_run
-    from deepen.planner.devices import HERE, find_device
 
-    quiet_transformers()
-    return job_of_run(outline, devices), choose_device(outline) if device == HERE else find_device(device)
+    def job_of() -> tuple["Job", "Device"]:
+        from deepen.pipeline.cost import choose_device, job_of_run
+        from deepen.planner.devices import HERE, find_device
+
+        return job_of_run(outline, devices), choose_device(outline) if device == HERE else find_device(device)
+
+    return job_of
 
 
 def _of_model(
@@ -79,28 +96,26 @@ def _of_model(
     sequence: int,
     device: str,
     devices: int,
-) -> tuple["Job", "Device"]:
+) -> Callable[[], tuple["Job", "Device"]]:
+    """Check the options; as above."""
     from deepen.config import TrainSection, make_section
 
     train = make_section(TrainSection, options, "--")
-    from deepen.cli.display import quiet_transformers
-    from deepen.pipeline.cost import job_of_model
-    from deepen.planner.devices import find_device
 
-    quiet_transformers()
-    job = job_of_model(model, train, blocks=blocks, placement=placement, length=sequence, devices=devices)
-    return job, find_device(device)
+    def job_of() -> tuple["Job", "Device"]:
+        from deepen.pipeline.cost import job_of_model
+        from deepen.planner.devices import find_device
+
+        job = job_of_model(model, train, blocks=blocks, placement=placement, length=sequence, devices=devices)
+        return job, find_device(device)
+
+    return job_of
 
 
-def _report(model: str, job: "Job", device: "Device", price: float | None, as_json: bool) -> None:
-    from deepen.cli.plan_page import print_plan
+def _facts(model: str, job: "Job", device: "Device", price: float | None) -> dict[str, Any]:
     from deepen.pipeline.texts import default_cache
     from deepen.planner.report import SPEED_FILE, plan_facts
     from deepen.planner.speed import read_speed
 
     speed = read_speed(default_cache() / SPEED_FILE, device, job.precision(device.kind))
-    facts = plan_facts(model, job, device, speed, price)
-    if as_json:
-        print_json(facts)
-    else:
-        print_plan(facts)
+    return plan_facts(model, job, device, speed, price)

@@ -64,7 +64,8 @@ def _cost(facts: Mapping[str, Any]) -> list[str]:
     rate = cost["tokens_per_second"]
     lines = [f"speed       {_span(rate, '{:,.0f}')} tokens/s; by {basis['time']}"]
     if cost["seconds"]:
-        lines.append(f"time        {_hours(cost['seconds'])} for {human_count(cost['tokens'])} tokens")
+        tokens = human_count(cost["tokens"])
+        lines.append(f"time        {_hours(cost['seconds'])} for {tokens} tokens; scoring texts comes on top")
         lines.append(f"energy      {_span(cost['kilowatt_hours'], '{:,.3g}')} kWh at {basis['watts']:g} W")
     if cost["dollars"]:
         assumed = f", assumed {basis['price_assumed']}" if basis["price_assumed"] else ""

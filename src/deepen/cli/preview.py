@@ -89,6 +89,7 @@ def packing_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{source['name']}: {human_count(source['tokens'])} tokens, {source['documents']:,} documents "
             f"({count.cut / count.documents:.1%} cut), {count.windows:,} windows, "
+            f"{source['heldout_documents']:,} documents held out, "
             f"{count.padding / count.places:.2%} padding, {count.trained / count.places:.2%} trained"
         )
     masks = "document masks" if facts["document_masks"] else "no document masks"

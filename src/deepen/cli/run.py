@@ -46,24 +46,16 @@ def run(
     asked = load_recipe(recipe, settings or [])
     if dry_run:
         _report_plan(plan_run(asked), as_json)
+        check_run(asked, resume=True, overwrite=overwrite)
         return
     result = check_run(asked, resume=resume, overwrite=overwrite)
-    if result is None:
-        plan, begun = plan_run(asked), resume and RunDirectory(Path(asked.output)).recipe.exists()
-        if not (force or begun):
-            _check_fits(plan)
+    plan = plan_run(asked) if result is None else None
+    if force or (resume and RunDirectory(Path(asked.output)).recipe.exists()):
+        plan = None  # it fits, or is to be tried all the same
     # A process that is not alone tells the others that there is nothing to do.
     alone = not launched()
-    result = _finished(asked, result) if result and alone else _run(asked, resume, overwrite)
+    result = _finished(asked, result) if result and alone else _run(asked, resume, overwrite, plan)
     _report(Path(asked.output), result, as_json)
-
-
-def _check_fits(plan: "Outline") -> None:
-    from deepen.cli.display import quiet_transformers
-    from deepen.pipeline.cost import check_fits
-
-    quiet_transformers()
-    check_fits(plan)
 
 
 def _finished(recipe: "Recipe", result: "RunResult") -> "RunResult":
@@ -86,11 +78,15 @@ def _follow() -> None:
     run_recipe(None)
 
 
-def _run(recipe: "Recipe", resume: bool, overwrite: bool) -> "RunResult":
+def _run(recipe: "Recipe", resume: bool, overwrite: bool, plan: "Outline | None") -> "RunResult":
+    """Run, once what is planned, if anything, is known to fit."""
     from deepen.cli.display import display
 
     with display() as reporter:
-        reporter.stage("starting")
+        if plan is not None:
+            from deepen.pipeline.cost import check_fits
+
+            check_fits(plan)
         from deepen.pipeline.run import run_recipe
 
         return run_recipe(recipe, resume=resume, overwrite=overwrite, reporter=reporter)

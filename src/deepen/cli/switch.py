@@ -44,7 +44,6 @@ def switch(
     from deepen.cli.display import display
 
     with display() as reporter:
-        reporter.stage("starting")
         from deepen.config import TextSet
         from deepen.pipeline.evaluate import choose_device
         from deepen.pipeline.switch import SwitchRequest, fit_switch

@@ -12,6 +12,12 @@ _FLOAT = "tag:yaml.org,2002:float"
 _NUMBER = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
 # What PyYAML's constructors let through for tagged or impossible values, as 2024-13-45.
 _ILL_FORMED = (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, OverflowError)
+# What PyYAML says of the mistakes that are made most, and what to do.
+_REMEDIES = {
+    r"character '\t'": "indent with spaces, not tabs",
+    "alias": "text that begins with * stands in quotes",
+    "'%'": "text that begins with % stands in quotes",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,10 +56,19 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except _ILL_FORMED as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{where}: not valid YAML: {reason[:200]}") from None
+        raise RecipeError(f"{where}: not valid YAML: {_reason(error)}") from None
     except RecursionError:
         raise RecipeError(f"{where}: not valid YAML: nested too deeply") from None
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line where the reader stopped, why, and what to do if that is known."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return " ".join(str(error).split())[:200]
+    said = f"{error.context} {error.problem}"
+    remedy = next((f"; {remedy}" for sign, remedy in _REMEDIES.items() if sign in said), "")
+    mark = error.problem_mark
+    return f"{f'line {mark.line + 1}: ' if mark else ''}{error.problem}{remedy}"
 
 
 def write_yaml(content: Any) -> str:

@@ -19,6 +19,8 @@ _WORDS = {
     "model_type": "input should be a section (keys and values)",
     "tuple_type": "input should be a list",
     "too_short": "should not be empty",
+    "int_type": "input should be a whole number, such as 4096 or 2e9",
+    "int_parsing": "input should be a whole number, such as 4096 or 2e9",
 }
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60

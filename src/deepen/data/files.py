@@ -35,14 +35,7 @@ def find_files(text: Place) -> tuple[Path, ...]:
     """
     if text.path is None:
         raise DataError(f"{text.label}: names a hub dataset, not files")
-    pattern = os.path.expanduser(text.path)
-    named = Path(pattern)
-    if named.is_file():
-        found = [named]
-    elif named.is_dir():
-        found = list(_below(named))
-    else:
-        found = [Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    found = _named(text.path)
     if not found:
         raise DataError(
             f"{text.path}: no file matches; give a file, a directory or a glob such as data/**/*.txt"
@@ -51,6 +44,25 @@ def find_files(text: Place) -> tuple[Path, ...]:
     if not files:
         raise DataError(f"{text.path}: found only {_suffixes(found)}; supported are {SUPPORTED}")
     return files
+
+
+def passed_over(text: Place) -> str | None:
+    """Say which files of other kinds `find_files` leaves out; None where there are none."""
+    others = [path for path in _named(text.path) if not kind_of(path)] if text.path else []
+    if not others:
+        return None
+    kinds = _suffixes(others)
+    return f"{text.path}: {len(others):,} of other kinds not read ({kinds}); supported are {SUPPORTED}"
+
+
+def _named(path: str) -> list[Path]:
+    pattern = os.path.expanduser(path)
+    named = Path(pattern)
+    if named.is_file():
+        return [named]
+    if named.is_dir():
+        return list(_below(named))
+    return [Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
 
 
 def kind_of(path: Path) -> Kind | None:

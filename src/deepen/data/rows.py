@@ -193,7 +193,10 @@ def _parse(content: str, where: str) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
+        # `where` names the line of a file of one record a line.
+        line = f"line {error.lineno} " if "\n" in content.strip() else ""
+        column = error.colno if line else error.pos + 1
+        raise DataError(f"{where}: not JSON: {error.msg} at {line}column {column}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: JSON that cannot be read: {error}") from error
 

@@ -69,12 +69,6 @@ def examine() -> dict[str, Any]:
     return {name: _attempt(probe) for name, probe in probes.items()}
 
 
-def missing_packages(facts: dict[str, Any]) -> list[Package]:
-    """Return the optional packages that are not installed."""
-    found = facts["packages"]
-    return [package for package in found if package.version is None] if isinstance(found, list) else []
-
-
 def _attempt(probe: Callable[[], Any]) -> Any:
     try:
         return probe()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from deepen.checkpoint import write_file
 from deepen.data.batches import Mixture
@@ -12,7 +12,7 @@ from deepen.data.chat import ChatTemplate
 from deepen.data.evaluation_text import EvaluationText
 from deepen.data.findings import Findings
 from deepen.pipeline.conversations import Conversations, prepare_sft
-from deepen.pipeline.plan import Outline, window_length
+from deepen.pipeline.plan import Outline, RunPlan, window_length
 from deepen.pipeline.reporter import Reporter
 from deepen.pipeline.texts import (
     Texts,
@@ -23,6 +23,9 @@ from deepen.pipeline.texts import (
     tokenise_sources,
 )
 from deepen.training.world import World
+
+# Times that a text may be seen before it is said: few texts are learned by heart.
+_MANY_TIMES: Final = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,3 +93,13 @@ def _conversations(outline: Outline, tokenizer: Any, cache: Path, reporter: Repo
         return None
     length = window_length(section, outline.base.checkpoint.config)
     return prepare_sft(section, tokenizer, length, cache, reporter)
+
+
+def note_repeats(plan: RunPlan, mixture: Mixture, reporter: Reporter) -> None:
+    """Say which sources are so small that the tokens asked for repeat them over and over."""
+    seen = plan.steps * plan.windows / mixture.windows_per_epoch
+    for label, count, size in zip(plan.labels, mixture.counts, mixture.sizes, strict=True):
+        if (times := seen * count / size) > _MANY_TIMES:
+            reporter.note(
+                f"{label}: all of it is seen {times:,.0f} times; give more text or fewer train.tokens"
+            )

@@ -250,7 +250,7 @@ def default_micro_batch(length: int) -> int:
 
 
 def _tenth(steps: int) -> int:
-    return max(1, steps // 10)
+    return math.ceil(steps / 10)
 
 
 def _layout(recipe: Recipe, base: Base, fingerprint: str, faults: list[str]) -> Layout | None:

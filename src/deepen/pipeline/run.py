@@ -23,7 +23,7 @@ from deepen.pipeline.baseline import Losses, base_losses, hand_on_losses
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.effects import EFFECTS_TOKENS, record_effects
 from deepen.pipeline.evaluate import evaluate_run
-from deepen.pipeline.material import prepare_material
+from deepen.pipeline.material import note_repeats, prepare_material
 from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run, tuning_recipe
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
@@ -159,6 +159,8 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
     if plan.train.epochs:
         windows = f"{mixture.windows_per_epoch:,} windows"
         reporter.note(f"{plan.train.epochs:g} × {windows} an epoch: {plan.steps:,} steps")
+    else:
+        note_repeats(plan, mixture, reporter)
     provenance = capture_provenance(seed=plan.train.seed, data=material.digests, accelerators=_accelerators())
     if world.is_first:
         material.write_findings(directory.findings)

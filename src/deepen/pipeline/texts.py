@@ -9,6 +9,7 @@ from deepen.data.batches import Mixture
 from deepen.data.corpus import Corpus, prepare_corpus, prepare_piece
 from deepen.data.documents import read_documents
 from deepen.data.evaluation_text import EvaluationText, load_evaluation_text
+from deepen.data.files import passed_over
 from deepen.data.findings import Checks, Findings
 from deepen.data.pieces import Piece
 from deepen.data.selection import select_documents
@@ -114,6 +115,8 @@ def tokenise_sources(
     corpora = []
     for source in sources:
         reporter.stage(f"tokenising {source.label}")
+        if left := passed_over(source):
+            reporter.note(left)
         corpora.append(
             prepare_corpus(
                 source,
