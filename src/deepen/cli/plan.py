@@ -8,7 +8,9 @@ from deepen.cli.output import print_json
 
 if TYPE_CHECKING:
     from deepen.planner.devices import Device
+    from deepen.planner.estimate import Measured
     from deepen.planner.job import Job
+    from deepen.planner.rehearsal import Rehearsal
 
 app = new_app()
 
@@ -33,6 +35,9 @@ def plan(
     quantise: Annotated[str, typer.Option(help="How the base is held: none, 8bit or 4bit.")] = "none",
     device: Annotated[str, typer.Option(help="h100, a100-80, rtx4090, … or here: this machine's.")] = "here",
     devices: Annotated[int, typer.Option(min=1, help="How many share each step.")] = 1,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Train a few of its blocks here for some seconds, for the time.")
+    ] = False,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars for an hour of a device.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Set a key of the recipe, e.g. train.tokens=1e6.")
@@ -55,7 +60,7 @@ def plan(
         job, chosen = _of_recipe(Path(model), settings or [], device, devices)
     else:
         job, chosen = _of_model(model, options, blocks, placement, sequence, device, devices)
-    _report(model, job, chosen, price, as_json)
+    _report(model, job, chosen, price, measured, as_json)
 
 
 def _of_recipe(path: Path, settings: list[str], device: str, devices: int) -> tuple["Job", "Device"]:
@@ -92,15 +97,36 @@ def _of_model(
     return job, find_device(device)
 
 
-def _report(model: str, job: "Job", device: "Device", price: float | None, as_json: bool) -> None:
+def _report(
+    model: str, job: "Job", device: "Device", price: float | None, measured: bool, as_json: bool
+) -> None:
     from deepen.cli.plan_page import print_plan
     from deepen.pipeline.texts import default_cache
+    from deepen.planner.estimate import measure
     from deepen.planner.report import SPEED_FILE, plan_facts
     from deepen.planner.speed import read_speed
 
-    speed = read_speed(default_cache() / SPEED_FILE, device, job.precision(device.kind))
-    facts = plan_facts(model, job, device, speed, price)
+    found = measure(job, device)
+    speed = (
+        _rehearse(found, device)
+        if measured
+        else read_speed(default_cache() / SPEED_FILE, device, job.precision(device.kind))
+    )
+    facts = plan_facts(model, found, device, speed, price)
     if as_json:
         print_json(facts)
     else:
         print_plan(facts)
+
+
+def _rehearse(found: "Measured", device: "Device") -> "Rehearsal":
+    from deepen.cli.display import display
+    from deepen.errors import TrainingError
+    from deepen.planner.devices import HERE
+    from deepen.planner.rehearsal import rehearse
+
+    if device.key != HERE:
+        raise TrainingError(f"--measure: trains on this machine, and --device is {device.key}; leave one out")
+    with display() as reporter:
+        reporter.stage("training a few blocks")
+        return rehearse(found, device, reporter.progress)
