@@ -32,8 +32,8 @@ from deepen.planner.stage import Stage, set_stage
 _MORE: Final = (2, 1)
 _SECONDS: Final = 10.0
 _ROUNDS: Final = (3, 15)
-# Of each model in each round; the first counts for nothing.
-_STEPS: Final = 3
+# Of each model in each round.
+_STEPS: Final = 2
 # No step is foretold better than this (docs/plan.md).
 _LEAST_ERROR: Final = 0.05
 
@@ -213,18 +213,15 @@ def _set_up(found: Measured, device: Device, kinds: Sequence[Kind]) -> tuple[Sta
 def _sample(
     stage: Stage, probes: Sequence[Sequence[int]], loads: Mapping[Load, float], progress: Progress
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return seconds [rounds, models, loads, steps], all of them once in each round."""
-
-    def once(steps: int) -> list[list[list[float]]]:
-        return [[stage.train(probe, *load, steps) for load in loads] for probe in probes]
-
+    """Return seconds [rounds, models, loads, steps]; each round makes all of them, so all meet one noise."""
+    made = [(probe, load) for probe in probes for load in loads]
     begin = perf_counter()
-    once(1)  # memory, kernels and the optimiser's state are there from here on
+    for probe, load in made:  # memory, kernels and the optimiser's state are there from here on
+        stage.train(probe, *load, 1)
     least, most = _ROUNDS
     count = min(most, max(least, int(_SECONDS / (_STEPS * (perf_counter() - begin)))))
-    samples = []
-    for number in range(count):
-        progress(number, count)
-        samples.append([[seconds[1:] for seconds in row] for row in once(_STEPS)])
-    progress(count, count)
-    return np.array(samples)
+    seconds = []
+    for number, (probe, load) in enumerate(made * count):
+        progress(number, count * len(made))
+        seconds.append(stage.train(probe, *load, _STEPS))
+    return np.array(seconds).reshape(count, len(probes), len(loads), _STEPS)
