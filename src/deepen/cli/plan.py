@@ -103,9 +103,12 @@ def _report(
     from deepen.cli.plan_page import print_plan
     from deepen.pipeline.texts import default_cache
     from deepen.planner.estimate import measure
+    from deepen.planner.rehearsal import check_rehearsal
     from deepen.planner.report import SPEED_FILE, plan_facts
     from deepen.planner.speed import read_speed
 
+    if measured:
+        check_rehearsal(job, device)
     found = measure(job, device)
     speed = (
         _rehearse(found, device)
@@ -121,12 +124,8 @@ def _report(
 
 def _rehearse(found: "Measured", device: "Device") -> "Rehearsal":
     from deepen.cli.display import display
-    from deepen.errors import TrainingError
-    from deepen.planner.devices import HERE
     from deepen.planner.rehearsal import rehearse
 
-    if device.key != HERE:
-        raise TrainingError(f"--measure: trains on this machine, and --device is {device.key}; leave one out")
     with display() as reporter:
         reporter.stage("training a few blocks")
         return rehearse(found, device, reporter.progress)

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from deepen.errors import TrainingError
-from deepen.planner.devices import Device
+from deepen.planner.devices import HERE, Device
 from deepen.planner.estimate import Measured
 from deepen.planner.job import Job
 from deepen.planner.speed import Span
@@ -88,16 +88,28 @@ class Rehearsal:
     took: float
 
 
+def check_rehearsal(job: Job, device: Device) -> None:
+    """Check that a job's blocks can be trained here at all.
+
+    Raises:
+        TrainingError: the device is not this machine's, or the base is to be quantised.
+    """
+    if device.key != HERE:
+        raise TrainingError(f"--measure: trains on this machine, and --device is {device.key}; leave one out")
+    if job.train.quantise != "none":
+        raise TrainingError("--measure: random weights cannot be packed; plan it with --quantise none")
+
+
 def rehearse(found: Measured, device: Device, progress: Progress = lambda done, total: None) -> Rehearsal:
     """Train a few of a job's blocks on this machine; return what a step of all takes.
 
     Args:
-        found: the job as it was measured without values, for this machine.
+        found: the job as it was measured without values, for this machine; see `check_rehearsal`.
         device: this machine's.
         progress: told how far it is.
 
     Raises:
-        TrainingError: the base is to be quantised, the blocks do not fit, or they cannot be trained.
+        TrainingError: the blocks do not fit, or they cannot be trained.
         LayoutError: the config has no words for so few blocks.
     """
     begin = perf_counter()
@@ -195,12 +207,9 @@ def _span(expected: float, rounds: Sequence[float], apart: float) -> Span:
 
 def _set_up(found: Measured, device: Device, kinds: Sequence[Kind]) -> tuple[Stage, list[tuple[int, ...]]]:
     """Return the model with values in the most blocks that fit, and which blocks to train it with."""
-    job = found.job
-    if job.train.quantise != "none":
-        raise TrainingError("--measure: random weights cannot be packed; plan it with --quantise none")
     for more in _MORE:
         probes = list_probes(kinds, more)
-        stage = set_stage(job, device, probes[-1], found.again)
+        stage = set_stage(found.job, device, probes[-1], found.again)
         needed = stage.needed(device)
         if needed <= device.memory:
             return stage.with_values(device), probes
