@@ -382,6 +382,7 @@ def test_the_command(config, capsys):
     assert memory["total"] == sum(memory[k] for k in ("weights", "gradients", "optimizer", "activations"))
     assert facts["fits"] is True
     assert facts["paper"]["gpu_hours"] == 2830
+    assert facts["measured"] is None
     assert main(["plan", str(config), "--blocks", "2", "--sequence", "64", "--device", "h100"]) == 0
     said = capsys.readouterr().out
     assert "2,830 GPU hours" in said
