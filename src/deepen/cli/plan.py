@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from deepen.planner.estimate import Measured
     from deepen.planner.job import Job
     from deepen.planner.rehearsal import Rehearsal
+    from deepen.planner.speed import Speed
 
 app = new_app()
 
@@ -110,7 +111,7 @@ def _report(
     if measured:
         check_rehearsal(job, device)
     found = measure(job, device)
-    speed = (
+    speed: Speed | Rehearsal | None = (
         _rehearse(found, device)
         if measured
         else read_speed(default_cache() / SPEED_FILE, device, job.precision(device.kind))

@@ -14,6 +14,7 @@ a pass of the anchor; for the job's own number of passes the differences are tak
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import stdev
 from time import perf_counter
 from typing import Any, Final
@@ -124,8 +125,10 @@ def rehearse(found: Measured, device: Device, progress: Progress = lambda done, 
     counts = [[len(set(kind.positions) & set(probe)) for kind in several] for probe in probes]
     whole = [len(kind.positions) for kind in several]
     weights = list(loads.values())
-    each, rest, apart = solve_steps(counts, np.median(samples, axis=(0, 3)).T, weights)
-    rounds = [_whole(*solve_steps(counts, np.median(one, axis=2).T, weights)[:2], whole) for one in samples]
+    each, rest, apart = solve_steps(counts, np.median(samples, axis=(0, 3)).T.tolist(), weights)
+    rounds = [
+        _whole(*solve_steps(counts, np.median(one, axis=2).T.tolist(), weights)[:2], whole) for one in samples
+    ]
     return Rehearsal(
         step=_span(_whole(each, rest, whole), rounds, apart),
         rest=rest,
@@ -158,7 +161,7 @@ def list_probes(kinds: Sequence[Kind], more: int) -> list[tuple[int, ...]]:
     few = [kind.positions[:1] for kind in kinds]
     many = [kind.positions[: 1 + more] for kind in kinds]
     grown = [(*few[:index], kind, *few[index + 1 :]) for index, kind in enumerate(many)]
-    chosen = (tuple(sorted(sum(parts, ()))) for parts in (few, *grown, many))
+    chosen = (tuple(sorted(chain.from_iterable(parts))) for parts in (few, *grown, many))
     return list(dict.fromkeys(chosen))
 
 
@@ -185,7 +188,9 @@ def solve_steps(
     Returns:
         Seconds of a block of each kind, of all else, and the largest relative error of a step.
     """
-    rows, found, errors = np.array([[*count, 1.0] for count in counts]), [], []
+    rows = np.array([[*count, 1.0] for count in counts])
+    found: list[Any] = []
+    errors: list[float] = []
     for times in np.array(seconds):
         parts, _ = nnls(rows / times[:, None], np.ones(len(times)))
         found.append(parts)

@@ -16,7 +16,7 @@ from deepen.planner.levers import Lever, list_levers
 from deepen.planner.memory import Memory, is_cut
 from deepen.planner.paper import paper_run
 from deepen.planner.rehearsal import Rehearsal
-from deepen.planner.speed import Speed
+from deepen.planner.speed import Span, Speed
 
 # The calibration, in deepen's cache.
 SPEED_FILE: Final = "speed.json"
@@ -34,7 +34,8 @@ def plan_facts(
         speed: for `device` being this machine: its calibration, or what was measured on it.
         price: dollars for an hour of a device; default: the table's.
     """
-    job, step = found.job, speed.step if isinstance(speed, Rehearsal) else speed
+    job = found.job
+    step: Speed | Span | None = speed.step if isinstance(speed, Rehearsal) else speed
     dollars = device.dollars if price is None else price
     memory = memory_of(found, device)
     return {
