@@ -19,7 +19,6 @@ from deepen.model.structure import blocks_of, family_of
 from deepen.pipeline import cost as cost_module
 from deepen.pipeline import doctor
 from deepen.planner import calibration
-from deepen.planner.calibration import time_steps
 from deepen.planner.devices import device_table, find_device
 from deepen.planner.estimate import cost_of, largest_micro_batch, least_memory, measure, memory_of
 from deepen.planner.ghost import embody, meta_base, prepare_ghost, trained_model
@@ -29,6 +28,7 @@ from deepen.planner.memory import is_cut
 from deepen.planner.paper import FLOPS_PER_TOKEN, paper_run
 from deepen.planner.speed import Speed, read_speed, write_speed
 from deepen.planner.step import Work, optimizer_bytes, run_step
+from deepen.planner.timing import time_steps
 from deepen.training.loss import summed_loss
 from deepen.training.optimizer import build_optimizer
 from deepen.training.recompute import recompute
@@ -382,6 +382,7 @@ def test_the_command(config, capsys):
     assert memory["total"] == sum(memory[k] for k in ("weights", "gradients", "optimizer", "activations"))
     assert facts["fits"] is True
     assert facts["paper"]["gpu_hours"] == 2830
+    assert facts["measured"] is None
     assert main(["plan", str(config), "--blocks", "2", "--sequence", "64", "--device", "h100"]) == 0
     said = capsys.readouterr().out
     assert "2,830 GPU hours" in said

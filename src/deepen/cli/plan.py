@@ -8,8 +8,11 @@ from deepen.cli.apps import new_app
 from deepen.cli.output import print_json
 
 if TYPE_CHECKING:
+    from deepen.pipeline.reporter import Reporter
     from deepen.planner.devices import Device
     from deepen.planner.job import Job
+    from deepen.planner.rehearsal import Rehearsal
+    from deepen.planner.speed import Speed
 
 app = new_app()
 
@@ -34,6 +37,9 @@ def plan(
     quantise: Annotated[str, typer.Option(help="How the base is held: none, 8bit or 4bit.")] = "none",
     device: Annotated[str, typer.Option(help="h100, a100-80, rtx4090, … or here: this machine's.")] = "here",
     devices: Annotated[int, typer.Option(min=1, help="How many share each step.")] = 1,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Train a few of its blocks here for some seconds, for the time.")
+    ] = False,
     price: Annotated[float | None, typer.Option(min=0, help="Dollars for an hour of a device.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Set a key of the recipe, e.g. train.tokens=1e6.")
@@ -60,8 +66,7 @@ def plan(
 
     with display() as reporter:
         job, chosen = job_of()
-        reporter.stage("running one step without values")
-        facts = _facts(model, job, chosen, price)
+        facts = _facts(model, job, chosen, price, measured, reporter)
     if as_json:
         print_json(facts)
     else:
@@ -112,10 +117,23 @@ def _of_model(
     return job_of
 
 
-def _facts(model: str, job: "Job", device: "Device", price: float | None) -> dict[str, Any]:
+def _facts(
+    model: str, job: "Job", device: "Device", price: float | None, measured: bool, reporter: "Reporter"
+) -> dict[str, Any]:
     from deepen.pipeline.texts import default_cache
+    from deepen.planner.estimate import measure
+    from deepen.planner.rehearsal import check_rehearsal, rehearse
     from deepen.planner.report import SPEED_FILE, plan_facts
     from deepen.planner.speed import read_speed
 
-    speed = read_speed(default_cache() / SPEED_FILE, device, job.precision(device.kind))
-    return plan_facts(model, job, device, speed, price)
+    if measured:
+        check_rehearsal(job, device)
+    reporter.stage("running one step without values")
+    found = measure(job, device)
+    speed: Speed | Rehearsal | None
+    if measured:
+        reporter.stage("training a few blocks")
+        speed = rehearse(found, device, reporter.progress)
+    else:
+        speed = read_speed(default_cache() / SPEED_FILE, device, job.precision(device.kind))
+    return plan_facts(model, found, device, speed, price)

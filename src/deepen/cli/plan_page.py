@@ -8,6 +8,7 @@ from rich.table import Table
 
 from deepen.cli.output import human_bytes, human_count
 
+_STATES = {"below": "passed forward only", "frozen": "frozen", "trains": "that train"}
 _FITS = {True: "fits", None: "may fit", False: "does not fit"}
 
 
@@ -31,14 +32,16 @@ def _job(facts: Mapping[str, Any]) -> list[str]:
     shares = f"{job['devices']} × " if job["devices"] > 1 else ""
     cut = ", model cut over them" if job["cut_over_devices"] else ""
     again = f"; {len(job['computed_again'])} blocks computed again" if job["computed_again"] else ""
-    anchor = f", {flops['anchor'] / 1e9:.4g} for the anchor" if flops["anchor"] else ""
+    beside = "".join(
+        f", {flops[name] / 1e9:.4g} for the {name}" for name in ("anchor", "teacher") if flops[name]
+    )
     return [
         f"{facts['model']}: {job['method']}, {job['precision']}, on {shares}{job['device']}{cut}",
         f"layout      {job['layout'] or 'the base as it is'}",
         f"parameters  {human_count(counts['base'])} base + {human_count(counts['new'])} new; "
         f"{human_count(counts['trainable'])} train",
         f"compute     {flops['total'] / 1e9:.4g} GFLOP a token ({flops['forward'] / 1e9:.4g} forward, "
-        f"{flops['backward'] / 1e9:.4g} backward{anchor}), {share:.2f} × full fine-tuning{again}",
+        f"{flops['backward'] / 1e9:.4g} backward{beside}), {share:.2f} × full fine-tuning{again}",
         f"step        {job['windows_per_step']} windows × {job['sequence']} tokens, "
         f"{job['micro_batch']} a forward pass",
     ]
@@ -63,6 +66,8 @@ def _cost(facts: Mapping[str, Any]) -> list[str]:
     cost, basis = facts["cost"], facts["basis"]
     rate = cost["tokens_per_second"]
     lines = [f"speed       {_span(rate, '{:,.0f}')} tokens/s; by {basis['time']}"]
+    if facts["measured"]:
+        lines.append(f"            {_measured(facts['measured'])}")
     if cost["seconds"]:
         tokens = human_count(cost["tokens"])
         lines.append(f"time        {_hours(cost['seconds'])} for {tokens} tokens; scoring texts comes on top")
@@ -74,6 +79,16 @@ def _cost(facts: Mapping[str, Any]) -> list[str]:
     if basis["calibrate"]:
         lines.append("            `deepen doctor --calibrate` measures this machine in ten seconds")
     return [*lines, ""]
+
+
+def _measured(found: Mapping[str, Any]) -> str:
+    """Say of what a step is made."""
+    kinds = "".join(
+        f"{kind['blocks']} {_STATES[kind['state']]} × {kind['seconds'] * 1e3:.3g} ms + "
+        for kind in found["blocks"]
+    )
+    step = {name: 1e3 * seconds for name, seconds in found["step"].items()}
+    return f"a step: {_span(step, '{:,.4g}')} ms = {kinds}{found['rest'] * 1e3:.3g} ms for all else"
 
 
 def _levers(levers: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> Table:

@@ -3,15 +3,17 @@
 import os
 from pathlib import Path
 
+from deepen.blocks import BLOCKS_NAME, open_pack
 from deepen.checkpoint import read_json, resolve_config
 from deepen.config import TrainSection
 from deepen.errors import CheckpointError, TrainingError
 from deepen.expansion import plan_layout
 from deepen.families import family_for
 from deepen.pipeline.plan import Outline, default_micro_batch, windows_per_step
+from deepen.pipeline.subject import find_subject
 from deepen.planner.devices import Device, this_device
 from deepen.planner.estimate import least_memory
-from deepen.planner.job import Job
+from deepen.planner.job import Job, TeacherFiles
 
 
 def job_of_run(outline: Outline, devices: int = 1) -> Job:
@@ -26,7 +28,17 @@ def job_of_run(outline: Outline, devices: int = 1) -> Job:
         document_masks=outline.document_masks,
         tokens=outline.known_tokens,
         devices=devices,
+        teacher=_teacher_files(outline),
     )
+
+
+def _teacher_files(outline: Outline) -> TeacherFiles | None:
+    section = outline.train.teacher
+    if section is None:
+        return None
+    side = find_subject(section.model, outline.recipe.base).model
+    packed = (Path(side.name) / BLOCKS_NAME).is_file()
+    return TeacherFiles(side.tokenizer, open_pack(side.name).expansion.layout if packed else None)
 
 
 def job_of_model(
@@ -82,7 +94,7 @@ def check_fits(outline: Outline) -> None:
     """
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     device = this_device(outline.train.device)
-    if _most_bytes(outline) <= device.memory:
+    if not outline.train.held_beside and _most_bytes(outline) <= device.memory:
         return  # a small model: nothing has to be run to know
     try:
         memory = least_memory(job_of_run(outline, devices), device)

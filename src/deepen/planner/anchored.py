@@ -1,4 +1,4 @@
-"""What an anchor adds to a training step: the pass in which the model is held to its base."""
+"""What other models add to a training step: the base that an anchor holds the model to, and a teacher."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from deepen.methods import build_method
 from deepen.methods.base import base_inside
 from deepen.model.structure import family_of
 from deepen.planner.ghost import Ghost
 from deepen.planner.job import Job
-from deepen.training.anchor import Anchor, BaseOf
+from deepen.training.anchor import Anchor, BaseOf, anchor_loss
 from deepen.training.interface import Batch
+from deepen.training.loss import Loss, summed_loss
 from deepen.training.prefix import Prefix, frozen_below
 
 
@@ -34,12 +36,23 @@ def anchor_of(ghost: Ghost, job: Job, run: Callable[[], object]) -> Anchor | Non
         batch_at=_no_batch,
         windows=job.anchor_windows,
         weight=section.weight,
-        base=_base_of(ghost, job),
+        base=base_of(ghost, job),
         prefix=_shared(ghost, run) if ghost.reference is None else None,
     )
 
 
-def _base_of(ghost: Ghost, job: Job) -> BaseOf:
+def loss_of(job: Job, teacher: PreTrainedModel | None) -> Loss:
+    """Return what a job makes small: the divergence from its teacher, where it has one."""
+    section = job.train.teacher
+    if teacher is None or section is None:
+        return summed_loss
+    return anchor_loss(lambda _: nullcontext(teacher), likelihood=section.cross_entropy)
+
+
+def base_of(ghost: Ghost, job: Job) -> BaseOf:
+    """Return the context in which an anchored model is its base."""
+    if ghost.base_of is not None:
+        return ghost.base_of
     if ghost.reference is not None:
         return lambda _: nullcontext(ghost.reference)
     inside = base_inside(build_method(job.train))

@@ -2,34 +2,25 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 from scipy.optimize import nnls  # type: ignore[import-untyped]
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig
 
 from deepen.config import TrainSection
 from deepen.errors import TrainingError
 from deepen.expansion import plan_layout
-from deepen.methods import build_method
-from deepen.methods.base import base_inside
-from deepen.model.structure import blocks_of, family_of
 from deepen.planner.devices import Device
-from deepen.planner.ghost import embody, meta_base, prepare_ghost, trained_model, untrained_base
+from deepen.planner.ghost import embody, meta_base, prepare_ghost
 from deepen.planner.job import Job
 from deepen.planner.speed import Speed
 from deepen.planner.step import Work, run_step
-from deepen.training.anchor import Anchor
-from deepen.training.interface import Hooks, Settings
-from deepen.training.loop import train
-from deepen.training.optimizer import build_optimizer
-from deepen.training.prefix import Prefix, find_prefix
+from deepen.planner.timing import time_steps
 from deepen.training.recompute import recompute
 
 # Width, inner width, blocks, words, windows, tokens of a window: of a CPU, and of an accelerator.
@@ -58,23 +49,6 @@ _SHAPES: Final = {
     ),
 }
 _STEPS: Final = 4
-_WARM: Final = 1
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch of random tokens, as `deepen.training.interface.Batch`."""
-
-    tokens: np.ndarray[Any, np.dtype[np.int64]]
-    sources: np.ndarray[Any, np.dtype[np.int64]]
-    positions: None = None
-    trained: None = None
-    numbers: None = None
-
-    @property
-    def trained_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """All of them count."""
-        return np.full(len(self.tokens), self.tokens.shape[1] - 1)
 
 
 def calibrate(device: Device) -> Speed:
@@ -90,7 +64,7 @@ def calibrate(device: Device) -> Speed:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = list(_jobs(Path(scratch), device.kind))
         try:
-            seconds = [median(time_steps(job, torch.device(device.kind))) for job in jobs]
+            seconds = [median(time_steps(job, torch.device(device.kind), _STEPS)) for job in jobs]
         except RuntimeError as error:
             raise TrainingError(f"the calibration failed: {str(error).splitlines()[0]}") from None
         works = [plan_work(job, precision) for job in jobs]
@@ -111,53 +85,6 @@ def plan_work(job: Job, precision: str) -> Work:
     if job.train.recompute == "full":
         recompute(ghost.blocks)
     return run_step(ghost, job, job.micro_batch).work
-
-
-def time_steps(job: Job, device: torch.device, steps: int = _STEPS) -> list[float]:
-    """Train for real on random tokens; return the seconds of each step but the first ones.
-
-    Args:
-        job: what is trained; its base begins as random numbers.
-        device: of this machine.
-        steps: how many.
-    """
-    precision = job.precision(device.type)
-    model, parameters = trained_model(job, precision, device)
-    if job.train.recompute == "full":
-        recompute(list(blocks_of(model, family_of(model))))
-    seconds: list[float] = []
-    optimizer = build_optimizer(parameters, betas=(0.9, 0.95), weight_decay=0.1, kind=job.train.optimizer)
-    hooks = Hooks(
-        log=lambda report: seconds.append(report.seconds), evaluate=_nothing, save=_nothing, stop=bool
-    )
-    batches, settings = _batches(job, model), _settings(job, precision, steps)
-    anchor = _anchor(job, model, precision)
-    train(model, parameters, optimizer, batches, settings, hooks, anchor=anchor)
-    return seconds[_WARM:]
-
-
-def _anchor(job: Job, model: PreTrainedModel, precision: str) -> Anchor | None:
-    """Hold the model to its base on random tokens."""
-    section = job.train.anchor
-    if section is None:
-        return None
-    inside = base_inside(build_method(job.train))
-    if inside is None:
-        copy = untrained_base(job, precision == "fp32", model.device).requires_grad_(False)
-    return Anchor(
-        batch_at=_batches(job, model),
-        windows=job.anchor_windows,
-        weight=section.weight,
-        base=inside or (lambda _: nullcontext(copy)),
-        prefix=_prefix(model, precision) if inside else None,
-    )
-
-
-def _prefix(model: PreTrainedModel, precision: str) -> Prefix | None:
-    try:
-        return find_prefix(model, torch.bfloat16 if precision == "bf16" else None)
-    except TrainingError:
-        return None
 
 
 def _jobs(scratch: Path, kind: str) -> Iterator[Job]:
@@ -186,33 +113,6 @@ def _jobs(scratch: Path, kind: str) -> Iterator[Job]:
             windows=windows,
             micro_batch=max(1, windows // 2),
         )
-
-
-def _batches(job: Job, model: PreTrainedModel) -> Any:
-    words = int(model.get_input_embeddings().weight.shape[0])
-    count = max(job.windows, job.anchor_windows)
-    tokens = np.random.default_rng(0).integers(0, words, (count, job.length + 1))
-    return lambda step, windows: _Batch(tokens[:windows], np.zeros(windows, dtype=np.int64))
-
-
-def _settings(job: Job, precision: str, steps: int) -> Settings:
-    return Settings(
-        steps=steps,
-        windows=job.windows,
-        micro_batch=job.micro_batch,
-        learning_rate=1e-4,
-        schedule="constant",
-        warmup=0.0,
-        final_learning_rate=1.0,
-        clip=1.0,
-        autocast=torch.bfloat16 if precision == "bf16" else None,
-        evaluate_every=steps,
-        checkpoint_every=steps,
-    )
-
-
-def _nothing(_: int) -> None:
-    """What is done when an evaluation or a checkpoint is due."""
 
 
 def _fit(works: Sequence[Work], seconds: Sequence[float]) -> tuple[dict[str, float], float]:

@@ -34,13 +34,15 @@ class Flops:
         forward: of one forward pass.
         backward: of gradients, and of blocks that are computed again.
         anchor: of holding the model to its base, for each token that is learned; 0 without an anchor.
-        rates: of measuring unit rates, likewise.
+        teacher: of the model whose predictions are learned; 0 without one.
+        rates: of measuring unit rates, for each token that is learned.
         full_finetune: of training the whole base instead, nothing computed again.
     """
 
     forward: float
     backward: float
     anchor: float
+    teacher: float
     rates: float
     full_finetune: float
 
@@ -52,7 +54,7 @@ class Flops:
     @property
     def total(self) -> float:
         """All."""
-        return self.step + self.anchor + self.rates
+        return self.step + self.anchor + self.teacher + self.rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,7 @@ class Measured:
         turned: the same with every block computed again; with none where every block is already.
         cost: FLOPs with nothing computed again, and no anchor.
         anchor: FLOPs a token of the anchor, for each token that is learned.
+        teacher: those of the teacher.
         full: FLOPs a token of training the whole base.
         blocks: what each block stores.
         again: blocks computed again.
@@ -119,6 +122,7 @@ class Measured:
     turned: Step
     cost: TokenCost
     anchor: float
+    teacher: float
     full: float
     blocks: tuple[BlockMemory, ...]
     again: tuple[int, ...]
@@ -137,6 +141,7 @@ class Measured:
             forward=forward,
             backward=backward,
             anchor=self.anchor,
+            teacher=self.teacher,
             rates=self.job.train.measured_share(self.job.windows) * (forward + backward),
             full_finetune=self.full,
         )
@@ -156,6 +161,7 @@ def measure(job: Job, device: Device) -> Measured:
         full = _count(base, job).total
         ghost = prepare_ghost(job, base, precision)
         cost, anchor = _count(ghost.model, job), _count_anchor(ghost, job)
+        teacher = _count_teacher(ghost, job)
     sizes = _block_sizes(ghost)
     disk = _disk(ghost, job)
     counted = Parameters(base=ghost.base, new=_new(ghost, job), trainable=ghost.trainable)
@@ -171,6 +177,7 @@ def measure(job: Job, device: Device) -> Measured:
         turned=_turned(ghost, job, stored, again),
         cost=cost,
         anchor=anchor,
+        teacher=teacher,
         full=full,
         blocks=tuple(stored),
         again=again,
@@ -190,7 +197,7 @@ def count_training(job: Job) -> tuple[int, float]:
     with one_document():
         ghost = prepare_ghost(job, meta_base(job, "fp32"), "fp32")
         learned = _count(ghost.model, job).total * (1 + job.train.measured_share(job.windows))
-        return ghost.trainable, learned + _count_anchor(ghost, job)
+        return ghost.trainable, learned + _count_anchor(ghost, job) + _count_teacher(ghost, job)
 
 
 def least_memory(job: Job, device: Device) -> Memory:
@@ -228,13 +235,13 @@ def largest_micro_batch(found: Measured, device: Device) -> int:
     return max(0, min(fitting, -(-found.job.windows // found.job.devices)))
 
 
-def cost_of(found: Measured, device: Device, speed: Speed | None, dollars: float | None) -> Cost:
+def cost_of(found: Measured, device: Device, speed: Speed | Span | None, dollars: float | None) -> Cost:
     """Return what the job's tokens cost on its devices.
 
     Args:
         found: from `measure`.
         device: on which it runs.
-        speed: the calibration, of this machine.
+        speed: the calibration of this machine, or a step's seconds as they were measured on it.
         dollars: for an hour of one device; None: there is no price.
     """
     job = found.job
@@ -280,6 +287,10 @@ def _count_anchor(ghost: Ghost, job: Job) -> float:
         return 0.0
     flops = anchor_flops(Root(ghost.model), ghost.model, ghost.blocks, job.length, anchor)
     return flops * anchor.windows / job.windows
+
+
+def _count_teacher(ghost: Ghost, job: Job) -> float:
+    return _count(ghost.teacher, job).total if ghost.teacher else 0.0
 
 
 def _choose(ghost: Ghost, job: Job, device: Device) -> tuple[list[BlockMemory], tuple[int, ...]]:

@@ -5,7 +5,7 @@ dtypes and nothing is computed. They stand for the CPU's, whose fused attention 
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from deepen.model import DTYPES, insert_blocks
 from deepen.model.pack import model_class
 from deepen.model.structure import blocks_of, family_of
 from deepen.planner.job import Job
+from deepen.training.anchor import BaseOf
 
 _UNREAD: Final = Fingerprint(fast="0" * 64)
 
@@ -42,6 +43,8 @@ class Ghost:
         compute: dtype of autocast, or None for the parameters' own.
         mode: that its tensors belong to; None while they lie on the meta device.
         reference: the copy of the base that an anchor needs where the method changes the base itself.
+        teacher: the model whose predictions are learned.
+        base_of: the context in which the model is its base; None: as its method has it.
     """
 
     model: PreTrainedModel
@@ -50,6 +53,8 @@ class Ghost:
     compute: torch.dtype | None
     mode: FakeTensorMode | None = None
     reference: PreTrainedModel | None = None
+    teacher: PreTrainedModel | None = None
+    base_of: BaseOf | None = None
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -57,10 +62,14 @@ class Ghost:
         return list(blocks_of(self.model, family_of(self.model)))
 
     @property
+    def models(self) -> list[PreTrainedModel]:
+        """The model, and those that are held beside it."""
+        return [model for model in (self.model, self.reference, self.teacher) if model is not None]
+
+    @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers, shared ones once; those of the reference included."""
-        models = [self.model, *([self.reference] if self.reference else [])]
-        held = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        """Bytes of all parameters and buffers, shared ones once; those of models beside it included."""
+        held = [tensor for model in self.models for tensor in (*model.parameters(), *model.buffers())]
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
 
     @property
@@ -89,8 +98,14 @@ def prepare_ghost(job: Job, base: PreTrainedModel, precision: str) -> Ghost:
     with torch.device("meta"), one_document():
         parameters = _prepare(job, base)
     compute = torch.bfloat16 if precision == "bf16" else None
-    reference = _reference(job, precision)
-    return Ghost(model=base.train(), parameters=parameters, base=count, compute=compute, reference=reference)
+    return Ghost(
+        model=base.train(),
+        parameters=parameters,
+        base=count,
+        compute=compute,
+        reference=_reference(job, precision),
+        teacher=untrained_teacher(job, precision, torch.device("meta")),
+    )
 
 
 def trained_model(
@@ -113,6 +128,20 @@ def _reference(job: Job, precision: str) -> PreTrainedModel | None:
     if job.train.anchor is None or base_inside(build_method(job.train)) is not None:
         return None
     return untrained_base(job, precision == "fp32", torch.device("meta")).requires_grad_(False)
+
+
+def untrained_teacher(job: Job, precision: str, device: torch.device) -> PreTrainedModel | None:
+    """Build the teacher of a job with random values, frozen; None where it has none.
+
+    Raises:
+        CheckpointError: as `untrained_base`.
+    """
+    if job.teacher is None:
+        return None
+    model = untrained_base(replace(job, source=job.teacher.source), precision == "fp32", device)
+    if job.teacher.layout:
+        insert_blocks(model, job.teacher.layout, base=str(job.teacher.source), fingerprint=_UNREAD)
+    return model.requires_grad_(False)
 
 
 def _is_wide(job: Job, precision: str) -> bool:
@@ -169,24 +198,50 @@ def embody(ghost: Ghost, bits: int | None) -> Ghost:
     if bits:
         _pack(ghost, bits)
     mode = FakeTensorMode()
-    made: dict[int, Any] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    return replace(_remade(ghost, fake), mode=mode)
+
+
+def give_values(ghost: Ghost, device: torch.device) -> Ghost:
+    """Give a model real tensors on a device, in place: weights small random numbers, buffers ones.
+
+    They are finite, and nothing else: what a step takes does not depend on them.
+    """
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        made = torch.ones(tensor.shape, dtype=tensor.dtype, device=device)
+        random = isinstance(tensor, nn.Parameter) and made.is_floating_point()
+        return made.uniform_(-0.03, 0.03) if random else made
+
+    return replace(_remade(ghost, real), mode=None)
+
+
+def _remade(ghost: Ghost, make: Callable[[torch.Tensor], torch.Tensor]) -> Ghost:
+    """Give a model other tensors, in place; what shares one shares the new one."""
+    made: dict[int, Any] = {}
+
+    def other(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            with mode:
-                plain = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             given = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(plain, tensor.requires_grad) if given else plain
-        found: torch.Tensor = made[id(tensor)]
+            # The old one is held too: its id must not be given anew.
+            made[id(tensor)] = (
+                tensor,
+                (nn.Parameter(make(tensor), tensor.requires_grad) if given else make(tensor)),
+            )
+        found: torch.Tensor = made[id(tensor)][1]
         return found
 
-    for model in (ghost.model, ghost.reference):
-        for module in model.modules() if model else ():
+    for model in ghost.models:
+        for module in model.modules():
             for held in (module._parameters, module._buffers):
                 named: dict[str, Any] = dict(held)
-                held.update({name: fake(tensor) for name, tensor in named.items() if tensor is not None})
+                held.update({name: other(tensor) for name, tensor in named.items() if tensor is not None})
     named = dict(ghost.model.named_parameters())
-    return replace(ghost, parameters={name: named[name] for name in ghost.parameters}, mode=mode)
+    return replace(ghost, parameters={name: named[name] for name in ghost.parameters})
 
 
 @contextmanager

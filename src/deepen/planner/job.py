@@ -5,6 +5,14 @@ from deepen.config import TrainSection
 from deepen.expansion import Layout
 
 
+@dataclass(frozen=True)
+class TeacherFiles:
+    """What `train.teacher` names: a directory or `config.json`, and the new blocks that are put on it."""
+
+    source: Path
+    layout: Layout | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is to be trained, as far as its cost depends on it.
@@ -19,6 +27,7 @@ class Job:
         document_masks: whether documents within a window are parted.
         tokens: to train on in all; None where it is not known.
         devices: how many share each step.
+        teacher: the model whose predictions are learned; None: the text's own words are.
     """
 
     source: Path
@@ -30,6 +39,7 @@ class Job:
     document_masks: bool = False
     tokens: int | None = None
     devices: int = 1
+    teacher: TeacherFiles | None = None
 
     @property
     def passes(self) -> int:

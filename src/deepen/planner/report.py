@@ -9,38 +9,33 @@ from deepen.planner.estimate import (
     Measured,
     cost_of,
     largest_micro_batch,
-    measure,
     memory_of,
     on_others,
 )
-from deepen.planner.job import Job
 from deepen.planner.levers import Lever, list_levers
 from deepen.planner.memory import Memory, is_cut
 from deepen.planner.paper import paper_run
-from deepen.planner.speed import Speed
+from deepen.planner.rehearsal import Rehearsal
+from deepen.planner.speed import Span, Speed
 
 # The calibration, in deepen's cache.
 SPEED_FILE: Final = "speed.json"
 
 
 def plan_facts(
-    name: str, job: Job, device: Device, speed: Speed | None = None, price: float | None = None
+    name: str, found: Measured, device: Device, speed: Speed | Rehearsal | None, price: float | None = None
 ) -> dict[str, Any]:
     """Return everything that can be said of a job before it starts.
 
     Args:
         name: what the model is called.
-        job: what is to be trained.
+        found: what is to be trained, measured without values.
         device: on what.
-        speed: calibration of this machine, for `device` being this one.
+        speed: for `device` being this machine: its calibration, or what was measured on it.
         price: dollars for an hour of a device; default: the table's.
-
-    Raises:
-        CheckpointError: transformers makes no model of the config.
-        FamilyError: deepen does not know its blocks.
-        TrainingError: the method or the checkpointing does not work on it.
     """
-    found = measure(job, device)
+    job = found.job
+    step: Speed | Span | None = speed.step if isinstance(speed, Rehearsal) else speed
     dollars = device.dollars if price is None else price
     memory = memory_of(found, device)
     return {
@@ -52,8 +47,9 @@ def plan_facts(
         "fits": memory.fits,
         "largest_micro_batch": largest_micro_batch(found, device),
         "disk_bytes": asdict(found.disk),
-        "cost": {**asdict(cost_of(found, device, speed, dollars)), "tokens": job.tokens},
+        "cost": {**asdict(cost_of(found, device, step, dollars)), "tokens": job.tokens},
         "basis": _basis(device, speed, dollars, price),
+        "measured": asdict(speed) if isinstance(speed, Rehearsal) else None,
         "levers": [_lever_facts(lever) for lever in list_levers(found, device)],
         "devices": [_row(*row) for row in on_others(found, device)],
         "paper": asdict(paper_run(device, dollars)),
@@ -80,16 +76,24 @@ def _job_facts(found: Measured, device: Device) -> dict[str, Any]:
     }
 
 
-def _basis(device: Device, speed: Speed | None, dollars: float | None, price: float | None) -> dict[str, Any]:
+def _basis(
+    device: Device, speed: Speed | Rehearsal | None, dollars: float | None, price: float | None
+) -> dict[str, Any]:
     """Say what time and money rest on."""
     return {
-        "time": f"calibration of {speed.measured}" if speed else f"data sheet of {device.sheet}",
-        "calibration_error": speed.error if speed else None,
+        "time": _time_basis(device, speed),
+        "calibration_error": speed.error if isinstance(speed, Speed) else None,
         "calibrate": device.key == HERE and speed is None,
         "watts": device.watts,
         "dollars_per_hour": dollars,
         "price_assumed": prices_assumed() if price is None and dollars is not None else None,
     }
+
+
+def _time_basis(device: Device, speed: Speed | Rehearsal | None) -> str:
+    if isinstance(speed, Rehearsal):
+        return f"measurement here, of models of up to {speed.deepest} of the {speed.depth} blocks"
+    return f"calibration of {speed.measured}" if speed else f"data sheet of {device.sheet}"
 
 
 def _lever_facts(lever: Lever) -> dict[str, Any]:

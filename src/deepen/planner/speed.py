@@ -1,4 +1,4 @@
-"""How long a step takes: from a calibration of this machine, or from a device's data sheet."""
+"""How long a step takes: measured, from a calibration of this machine, or from a device's data sheet."""
 
 import json
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Span:
         return Span(low=self.low * times, expected=self.expected * times, high=self.high * times)
 
 
-def step_seconds(step: Step, flops: float, job: Job, device: Device, speed: Speed | None) -> Span:
+def step_seconds(step: Step, flops: float, job: Job, device: Device, speed: Speed | Span | None) -> Span:
     """Return the seconds of one optimiser step.
 
     Args:
@@ -72,9 +72,12 @@ def step_seconds(step: Step, flops: float, job: Job, device: Device, speed: Spee
         flops: that it executes, as `deepen.training.flops` counts them.
         job: what is trained.
         device: on what.
-        speed: the calibration of this machine; None: the data sheet decides.
+        speed: the calibration of this machine, or the seconds of a step as they were measured on one device;
+            None: the data sheet decides.
     """
-    if speed is not None:
+    if isinstance(speed, Span):
+        span = speed
+    elif speed is not None:
         alone = speed.seconds(step.work)
         span = Span(low=alone * (1 - _CALIBRATED), expected=alone, high=alone * (1 + _CALIBRATED))
     else:

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from deepen.planner.anchored import anchor_of
+from deepen.planner.anchored import anchor_of, loss_of
 from deepen.planner.ghost import Ghost, real_masks
 from deepen.planner.job import Job
 from deepen.training.anchor import anchor_loss
-from deepen.training.loss import Loss, summed_loss
+from deepen.training.loss import Loss
 from deepen.training.recompute import BlockMemory, measure_blocks
 
 # Bytes read and written for each parameter that trains, in fp32: gradient norms, clipping, the optimiser's
@@ -95,7 +95,7 @@ def run_step(ghost: Ghost, job: Job, micro_batch: int) -> Step:
     watch = _Watch()
     # Decided by the job's own passes, so that micro-batches compare.
     _clear(parameters, watch if job.passes > 1 else None, ghost)
-    _pass(ghost, job, micro_batch, watch, summed_loss)
+    _pass(ghost, job, micro_batch, watch, loss_of(job, ghost.teacher))
     beside = _Watch()
     work = watch.work * (share / micro_batch) + _anchored(ghost, job, micro_batch, beside)
     _clear(parameters, None, ghost)
