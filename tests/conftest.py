@@ -1,6 +1,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,30 @@ def data_dir() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no test data at {directory}: set DEEPEN_TEST_DATA")
     return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _curves(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pages of runs have no curves, but where pages are judged and in the demo's two runs."""
+    judged = request.module.__name__ in ("test_report", "test_report_browser", "test_demo")
+    with nullcontext() if judged else without_curves():
+        yield
+
+
+@contextmanager
+def without_curves() -> Iterator[None]:
+    """Leave the drawing out of the pages of runs: it takes as long as the rest of a tiny run."""
+    from markupsafe import Markup
+
+    from deepen.report import figures
+    from deepen.report.svg import Chart
+
+    def undrawn(name: str, title: str, *_: Any, **__: Any) -> Chart:
+        return Chart(title, Markup("<svg></svg>"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_over_tokens", undrawn)
+        yield
 
 
 @pytest.fixture(scope="session")

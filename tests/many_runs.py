@@ -12,6 +12,7 @@ from pathlib import Path
 
 import peft  # noqa: F401
 import torch
+from conftest import without_curves
 from torch.distributed import TCPStore
 
 from deepen.cli import main
@@ -32,8 +33,9 @@ def run_all(rank, port, recipes):
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-    for recipe in recipes:
-        run_recipe(load_recipe(Path(recipe)), resume=True)
+    with without_curves():
+        for recipe in recipes:
+            run_recipe(load_recipe(Path(recipe)), resume=True)
     none = Path(recipes[0]).with_name("none")
     return main(["run", recipes[0], "--set", "train.device=cuda:7", "--set", f"output={none}"])
 

@@ -9,7 +9,6 @@ from deepen.evaluation.code_tasks import (
     extract_code,
     humaneval_program,
     mbpp_program,
-    mean_pass_at_k,
     pass_at_k,
     pot_correct,
     pot_program,
@@ -144,12 +143,9 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(samples):
 def test_pass_at_k_holds_for_many_samples():
     exact = 1 - comb(10_000 - 3, 100) / comb(10_000, 100)
     assert pass_at_k(10_000, 3, 100) == pytest.approx(exact, rel=1e-12)
-    assert mean_pass_at_k([[True, False], [False, False]], 1) == 0.25
 
 
 @pytest.mark.parametrize(("samples", "correct", "k"), [(1, 2, 1), (1, 0, 2), (3, -1, 1), (3, 1, 0)])
 def test_pass_at_k_refuses_what_cannot_be(samples, correct, k):
     with pytest.raises(ValueError, match="no pass@"):
         pass_at_k(samples, correct, k)
-    with pytest.raises(ValueError, match="no problems"):
-        mean_pass_at_k([], 1)

@@ -421,7 +421,7 @@ LIMITS = {
 }
 
 
-@settings(max_examples=500, derandomize=True, **LIMITS)
+@settings(max_examples=250, derandomize=True, **LIMITS)
 @given(draft=drafts(), wish=wishes)
 def test_expanded_or_refused(draft, wish):
     outcome(draft, wish)

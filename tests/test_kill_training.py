@@ -53,9 +53,7 @@ for line in sys.stdin:
 COMMAND = [sys.executable, "-c", SERVER]
 
 
-@pytest.mark.parametrize(
-    "kills", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-)
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path, kills):
     write_base(tmp_path / "base")
     changes = {

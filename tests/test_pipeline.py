@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -681,26 +680,27 @@ def test_a_run_the_disk_cannot_hold_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_sigterm_saves_stops_and_resumes_to_the_same_bytes(tmp_path, finished):
+def test_sigterm_saves_stops_and_resumes_to_the_same_bytes(tmp_path, finished, monkeypatch, capsys):
     root, _ = finished
     for name in ("base", "train.jsonl", "general.jsonl", "heldout.jsonl"):
         os.symlink(root / name, tmp_path / name)
-    long = {"train__tokens": 60 * 128, "train__checkpoint_every": 1000}
-    straight = load_recipe(write_recipe(tmp_path, output=str(tmp_path / "straight"), **long))
-    run_recipe(straight)
-    recipe = write_recipe(tmp_path, **long)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deepen", "run", str(recipe)], stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("loss") < 3):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "continue with --resume" in said
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    recipe, honest = write_recipe(tmp_path), training.train
+
+    def signalled(*arguments, **keywords):
+        *rest, hooks = arguments
+
+        def log(report):
+            hooks.log(report)
+            if report.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        honest(*rest, replace(hooks, log=log), **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", signalled)
+        assert main(["run", str(recipe)]) == 130
+    assert "continue with --resume" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "step-3").is_dir()
     run_recipe(load_recipe(recipe), resume=True)
     blocks = "blocks/blocks.safetensors"
-    assert (tmp_path / "run" / blocks).read_bytes() == (tmp_path / "straight" / blocks).read_bytes()
+    assert (tmp_path / "run" / blocks).read_bytes() == (root / "run" / blocks).read_bytes()

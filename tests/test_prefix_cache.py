@@ -244,6 +244,7 @@ def test_upper_blocks_that_read_more_than_the_stream_are_refused():
 RECIPE = {
     **{"expand": {"blocks": 1, "placement": "suffix"}, "train__tokens": None, "train__epochs": 2},
     **{"data__document_masks": True, "train__batch_tokens": 512, "train__micro_batch": 1},
+    "train__evaluate_every": 100,
 }
 
 

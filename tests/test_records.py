@@ -14,6 +14,7 @@ from deepen.records import (
     capture_provenance,
     read_metrics,
     read_record,
+    read_result,
 )
 
 
@@ -24,6 +25,12 @@ def test_records_read_back_equal(tmp_path, record):
     path = tmp_path / "record.json"
     path.write_text(record.model_dump_json())
     assert read_record(path, type(record)) == record
+
+
+def test_a_study_is_no_run(tmp_path):
+    (tmp_path / "cells").mkdir()
+    with pytest.raises(DataError, match=r"holds a study; its runs lie in .*cells"):
+        read_result(tmp_path)
 
 
 def test_unknown_keys_are_kept(tmp_path):

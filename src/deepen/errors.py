@@ -97,3 +97,8 @@ class CheckFailed(DeepenError):
     """A check that ran and said no, for example an expanded checkpoint that is not its base."""
 
     exit_code = 3
+
+
+def in_a_line(error: BaseException, most: int = 160) -> str:
+    """Return what another library's error says, in one line of at most so many characters, or its name."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from deepen.checkpoint import write_file
 from deepen.data.conversations import Conversation, Message
-from deepen.errors import DataError
+from deepen.errors import DataError, in_a_line
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"
 _SUFFIX: Final = ".jinja"
@@ -207,7 +207,7 @@ class _Writer:
                 add_generation_prompt=prompt,
             )
         except Exception as error:  # a template raises what it likes: its own word, or any error of Python
-            said = " ".join(str(error).split())[:160] or type(error).__name__
+            said = in_a_line(error)
             raise DataError(f"{self.where}: chat template {self.name} refuses it: {said}") from None
         return str(text)
 

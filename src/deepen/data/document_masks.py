@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from deepen.errors import TrainingError
+from deepen.errors import TrainingError, in_a_line
 
 # Three documents, the last of one id, and an end of the same length for each.
 _SIZES: Final = (5, 9, 1, 7)
@@ -49,7 +49,7 @@ def measure_leak(model: Any) -> tuple[float, float]:
         try:
             packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         except (TypeError, ValueError) as error:
-            family, said = model.config.get_text_config().model_type, " ".join(str(error).split())[:120]
+            family, said = model.config.get_text_config().model_type, in_a_line(error, 120)
             raise TrainingError(
                 f"data.document_masks: {family}: takes no positions ({said})\n"
                 "set data.document_masks to false"

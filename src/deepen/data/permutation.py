@@ -5,6 +5,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from deepen.data.words import scatter
+
 _ROUNDS = 6
 
 Words = npt.NDArray[np.uint64]
@@ -30,12 +32,5 @@ def _network(words: Words, half: int, keys: Words) -> Words:
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = words >> shift, words & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
+        left, right = right, left ^ (scatter(right + key) & mask)
     return (left << shift) | right
-
-
-def _mix(words: Words) -> Words:
-    """Scatter 64 bits: the finaliser of SplitMix64."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepen.config import TextSet
 from deepen.data.files import decode, open_bytes
-from deepen.errors import DataError
+from deepen.errors import DataError, in_a_line
 
 _ROWS_AT_ONCE = 256
 
@@ -158,7 +158,7 @@ def read_stream(dataset: Any, selector: Selector, label: str) -> Iterator[str]:
         try:
             record = next(rows, None)
         except Exception as error:  # the library's own, its readers' and its network stack's
-            said = " ".join(str(error).split())[:160] or type(error).__name__
+            said = in_a_line(error)
             raise DataError(
                 f"{label}: the stream broke at record {number}: {said}; start again, nothing is left behind"
             ) from error

@@ -8,7 +8,7 @@ import ast
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 from deepen.evaluation.sandbox import Outcome, Program
@@ -128,11 +128,3 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if samples - correct < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(samples - correct + 1, samples + 1))
-
-
-def mean_pass_at_k(passed: Iterable[Sequence[bool]], k: int) -> float:
-    """Return the mean of `pass_at_k` over problems, each given as which of its samples were right."""
-    estimates = [pass_at_k(len(samples), sum(samples), k) for samples in passed]
-    if not estimates:
-        raise ValueError("no problems to average over")
-    return math.fsum(estimates) / len(estimates)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from deepen.errors import EvaluationError
+from deepen.errors import EvaluationError, in_a_line
 from deepen.evaluation.memory import collect_memory
 
 # What transformers takes where neither the model nor the caller says.
@@ -78,7 +78,7 @@ class VllmEngines:
                 use_tqdm=False,
             )
         except (ValueError, TypeError, RuntimeError) as error:
-            raise EvaluationError(f"vLLM cannot generate: {_said(error)}") from None
+            raise EvaluationError(f"vLLM cannot generate: {in_a_line(error, 300)}") from None
         return [list(each.outputs[0].token_ids) for each in found]
 
     def release(self) -> None:
@@ -95,7 +95,7 @@ class VllmEngines:
             defaults = {"dtype": "auto", "seed": 0, "generation_config": "vllm", "trust_remote_code": False}
             self._engine = self._vllm.LLM(model=str(directory), **{**defaults, **self._options})
         except (ValueError, TypeError, RuntimeError, OSError) as error:
-            raise EvaluationError(f"{directory}: vLLM cannot load it: {_said(error)}") from None
+            raise EvaluationError(f"{directory}: vLLM cannot load it: {in_a_line(error, 300)}") from None
         self._directory = directory
 
 
@@ -191,7 +191,3 @@ def _package() -> Any:
         raise EvaluationError(
             "--backend vllm: vLLM is not installed\npip install vllm, or use --backend transformers"
         ) from None
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from deepen.checkpoint import atomic_file
-from deepen.errors import CheckpointError, FamilyError, OutputError
+from deepen.errors import CheckpointError, FamilyError, OutputError, in_a_line
 from deepen.expansion import Base, Progress, open_base
 from deepen.export.converter import run_converter
 from deepen.export.gguf_metadata import add_metadata, rotary_factors
@@ -182,5 +182,5 @@ def _config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers' strict configs raise whatever they find wrong
-        reason = " ".join(str(error).split())[:160]
+        reason = in_a_line(error)
         raise CheckpointError(f"{directory}: transformers cannot read its config ({reason})") from None

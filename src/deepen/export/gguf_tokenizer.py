@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from gguf import GGUFWriter, TokenType
 
-from deepen.errors import CheckpointError
+from deepen.errors import CheckpointError, in_a_line
 
 _GPT2: Final = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # tokenizers' ByteLevel
@@ -59,7 +59,7 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, rows: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         content = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # transformers raises whatever the tokenizer's own files lead it to
-        reason = " ".join(str(error).split())[:160]
+        reason = in_a_line(error)
         raise CheckpointError(f"{directory}: has no tokenizer that can be read ({reason})") from None
     model = content["model"]
     if model.get("type") != "BPE":

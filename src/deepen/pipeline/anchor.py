@@ -20,7 +20,7 @@ from deepen.model import load
 from deepen.model.write import write_documents
 from deepen.pipeline.plan import RunPlan
 from deepen.pipeline.reporter import Reporter
-from deepen.pipeline.texts import corpus_cache, load_tokenizer, prepare_general
+from deepen.pipeline.texts import corpus_cache, prepare_general
 from deepen.pipeline.trainee import Trainee
 from deepen.training.anchor import Anchor, BaseOf
 from deepen.training.parallel import sharded
@@ -34,6 +34,7 @@ def prepare_anchor(
     plan: RunPlan,
     model: PreTrainedModel,
     autocast: torch.dtype | None,
+    tokenizer: Any,
     world: World,
     reporter: Reporter,
 ) -> Mixture | None:
@@ -46,6 +47,7 @@ def prepare_anchor(
         plan: the run.
         model: the base, as it was loaded.
         autocast: dtype of the compute, or None for the parameters' own.
+        tokenizer: of the base.
         world: the processes of the run; the first one prepares.
         reporter: told what goes on.
 
@@ -57,7 +59,6 @@ def prepare_anchor(
     if section is None:
         return None
     data, _ = plan.recipe.training()
-    tokenizer = load_tokenizer(plan.base.checkpoint.directory)
     if section.source == "general":
         cache = corpus_cache(plan.recipe)
         general = world.first_then_rest(lambda: prepare_general(plan.recipe, tokenizer, cache, reporter))

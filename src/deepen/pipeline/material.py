@@ -33,6 +33,7 @@ class Material:
     """What a run reads.
 
     Attributes:
+        tokenizer: of the base.
         mixture: where batches come from.
         texts: to be scored; the same in training and in the tuning that follows it.
         digests: source -> key of its content.
@@ -40,6 +41,7 @@ class Material:
         findings: of the checks of the texts, if the recipe asks for any.
     """
 
+    tokenizer: Any
     mixture: Mixture
     texts: list[EvaluationText]
     digests: Mapping[str, str]
@@ -79,6 +81,7 @@ def prepare_material(outline: Outline, world: World, reporter: Reporter) -> Mate
     chosen = texts if outline.name == "train" else talk
     assert chosen is not None  # the stage is named for a section of the recipe
     return Material(
+        tokenizer=tokenizer,
         mixture=chosen.mixture,
         texts=scored + held,
         digests=dict(zip(outline.labels, (each.digest for each in chosen.corpora), strict=True)),

@@ -23,14 +23,13 @@ from deepen.pipeline.baseline import Losses, base_losses, hand_on_losses
 from deepen.pipeline.directory import RunDirectory, check_run, open_run
 from deepen.pipeline.effects import EFFECTS_TOKENS, record_effects
 from deepen.pipeline.evaluate import evaluate_run
-from deepen.pipeline.material import note_repeats, prepare_material
+from deepen.pipeline.material import Material, note_repeats, prepare_material
 from deepen.pipeline.place import choose_place
 from deepen.pipeline.plan import Outline, RunPlan, count_steps, plan_run, tuning_recipe
 from deepen.pipeline.quantisation import audit_quantised, check_packages, conclude_quantisation
 from deepen.pipeline.reporter import Reporter, Silent
 from deepen.pipeline.scoring import shift_texts
 from deepen.pipeline.switched import record_switch, switched_texts
-from deepen.pipeline.texts import load_tokenizer
 from deepen.pipeline.trainee import (
     Trainee,
     assemble_trainee,
@@ -170,7 +169,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
     reporter.stage("loading the base")
     place = choose_place(plan, world)
     model, autocast = load_base(plan, place)
-    anchored = prepare_anchor(plan, model, autocast, world, reporter)
+    anchored = prepare_anchor(plan, model, autocast, material.tokenizer, world, reporter)
     reporter.stage("proving identity" if plan.layout and not plan.pack else "preparing")
     trainee = spread_trainee(plan, prepare_trainee(plan, model, autocast), place, world)
     base = base_losses(plan, trainee, directory, texts, world, reporter)
@@ -183,7 +182,7 @@ def _run(outline: Outline, directory: RunDirectory, world: World, reporter: Repo
         audit = _audit(plan, trainee, reporter)
         outputs = _save(plan, trainee, directory, material.template, reporter)
         _record(plan, texts, losses, base, shift, directory, outputs[0], provenance)
-        _effects(plan, trainee, texts, outputs[0], directory, reporter)
+        _effects(plan, trainee, material, outputs[0], directory, reporter)
         record_switch(recipe, trainee, switched, str(outputs[0]), directory.switch, reporter)
         quantisation = conclude_quantisation(plan, trainee, place, texts, base, losses, reporter)
         set_aside(trainee)
@@ -208,17 +207,20 @@ def _shift(
 def _effects(
     plan: RunPlan,
     trainee: Trainee,
-    texts: Sequence[EvaluationText],
+    material: Material,
     model: Path,
     directory: RunDirectory,
     reporter: Reporter,
 ) -> None:
-    if not (plan.recipe.evaluate.effects and texts):
+    if not (plan.recipe.evaluate.effects and material.texts):
         return
-    tokenizer = load_tokenizer(plan.base.checkpoint.directory)
-    some = [text.beginning(EFFECTS_TOKENS) for text in texts]
     record = record_effects(
-        trainee.model, some, tokenizer, name=str(model), autocast=trainee.autocast, reporter=reporter
+        trainee.model,
+        [text.beginning(EFFECTS_TOKENS) for text in material.texts],
+        material.tokenizer,
+        name=str(model),
+        autocast=trainee.autocast,
+        reporter=reporter,
     )
     write_file(directory.effects, record.model_dump_json(indent=1) + "\n")
 

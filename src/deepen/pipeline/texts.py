@@ -13,7 +13,7 @@ from deepen.data.files import passed_over
 from deepen.data.findings import Checks, Findings
 from deepen.data.pieces import Piece
 from deepen.data.selection import select_documents
-from deepen.errors import CheckpointError, RecipeError
+from deepen.errors import CheckpointError, RecipeError, in_a_line
 from deepen.pipeline.plan import heldout_name
 from deepen.pipeline.reporter import Reporter
 
@@ -55,7 +55,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever the tokenizer's own files lead it to
-        reason = " ".join(str(error).split())[:160]
+        reason = in_a_line(error)
         raise CheckpointError(f"{directory}: has no tokenizer that can be read ({reason})") from None
 
 

@@ -276,6 +276,11 @@ def read_result(run: Path) -> RunResult:
     if not run.is_dir():
         found = "is not a directory" if run.exists() else "no such directory"
         raise DataError(f"{run}: {found}; give the directory of a finished run")
+    if (run / "cells").is_dir():
+        raise DataError(
+            f"{run}: holds a study; its runs lie in {run / 'cells'}, and its own table and page are written "
+            "when deepen study ends, or is stopped by Ctrl-C"
+        )
     if not path.exists():
         raise DataError(
             f"{run}: holds no finished run (no result.json); finish it with deepen run … --resume"

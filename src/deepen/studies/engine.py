@@ -27,6 +27,11 @@ class Slot:
     cell: Cell | None
     waits_for: str = ""
 
+    @property
+    def missing(self) -> str:
+        """The slot by name and why it has no result yet, where it has none."""
+        return f"{self.name}: {f'waits for {self.waits_for}' if self.waits_for else 'not computed yet'}"
+
 
 Plan = Callable[[Finished], Sequence[Slot]]
 """A study: all of its places, always as many and in one order, as far as finished cells decide them."""

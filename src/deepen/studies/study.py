@@ -135,7 +135,7 @@ def collect_study(study: Study) -> StudyRecord:
         recipe=dump_recipe(study.recipe),
         cells=len(slots),
         finished=sum(record is not None for record in records),
-        waiting=[_why(slot) for slot, record in zip(slots, records, strict=True) if record is None],
+        waiting=[slot.missing for slot, record in zip(slots, records, strict=True) if record is None],
         matched=study.matched,
         rows=rows,
         pairs=study_pairs(rows, store),
@@ -148,7 +148,3 @@ def collect_study(study: Study) -> StudyRecord:
 
 def _finished(slots: Sequence[Slot], store: Store) -> list[CellRecord | None]:
     return [store.finished(slot.cell) if slot.cell else None for slot in slots]
-
-
-def _why(slot: Slot) -> str:
-    return f"{slot.name}: {f'waits for {slot.waits_for}' if slot.waits_for else 'not computed yet'}"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from deepen.errors import TrainingError
+from deepen.errors import TrainingError, in_a_line
 from deepen.training.loss import IGNORED, Loss, summed_loss
 
 # Tokens of the trial, and how far loss and gradient may be apart, relative, in compute of 16 and of 32 bits.
@@ -67,7 +67,7 @@ def _prove(model: PreTrainedModel, loss: Loss, autocast: torch.dtype | None) -> 
     try:
         ours, theirs = (_trial(model, each, parameters, autocast) for each in (summed_loss, loss))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise _refusal(f"it does not run here ({' '.join(str(error).split())[:120]})") from None
+        raise _refusal(f"it does not run here ({in_a_line(error, 120)})") from None
     narrow = (autocast or model.dtype).itemsize < 4
     for what, first, second, most in zip(("loss", "gradient"), ours, theirs, _APART[narrow], strict=True):
         apart = float((first - second).norm() / first.norm())

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from deepen.errors import TrainingError
+from deepen.errors import TrainingError, in_a_line
 from deepen.families import Family
 from deepen.model.stand_in import Passed, StandIn, Watched, standing_in
 from deepen.model.structure import blocks_of, family_of
 from deepen.training.prefix_file import PrefixFile
+from deepen.training.recompute import trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ def _prove(prefix: Prefix, autocast: torch.dtype | None, states: torch.Tensor, w
     try:
         again = _trial(model, autocast, prefix.blocks, _passed_by(prefix, entry))
     except Exception as error:  # whatever the model's own code meets without its lower blocks
-        reason = " ".join(str(error).split())[:120]
+        reason = in_a_line(error, 120)
         raise _refusal(f"{type(model).__name__} does not run without its lower blocks ({reason})") from None
     if not torch.equal(whole, again):
         raise _refusal(f"the upper blocks of {type(model).__name__} read more than the residual stream")
@@ -250,8 +251,4 @@ def _refusal(reason: str) -> TrainingError:
 
 def frozen_below(blocks: Iterable[nn.Module]) -> int:
     """Return how many blocks lie below the first that trains; 0 where none does."""
-    return next((index for index, block in enumerate(blocks) if _trains(block)), 0)
-
-
-def _trains(block: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in block.parameters())
+    return next((index for index, block in enumerate(blocks) if trains(block)), 0)

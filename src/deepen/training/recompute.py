@@ -79,7 +79,7 @@ def measure_blocks(blocks: Sequence[nn.Module], forward: Callable[[], object]) -
         for hook in hooks:
             hook.remove()
     return [
-        BlockMemory(saved=bytes_, kept=kept if bytes_ else 0, frozen=not _trains(block))
+        BlockMemory(saved=bytes_, kept=kept if bytes_ else 0, frozen=not trains(block))
         for block, bytes_, kept in zip(blocks, saved, inputs, strict=True)
     ]
 
@@ -143,5 +143,6 @@ def available_memory(device: torch.device) -> int:
     return free
 
 
-def _trains(block: nn.Module) -> bool:
+def trains(block: nn.Module) -> bool:
+    """Return whether anything in a block trains."""
     return any(parameter.requires_grad for parameter in block.parameters())

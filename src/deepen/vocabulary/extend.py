@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from deepen.checkpoint import CONFIG, atomic_directory, check_free, fast_fingerprint
-from deepen.errors import CheckpointError, DataError
+from deepen.errors import CheckpointError, DataError, in_a_line
 from deepen.expansion import (
     Base,
     Progress,
@@ -124,7 +124,7 @@ def _tokenizer(directory: Path) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever the tokenizer's own files lead it to
-        reason = " ".join(str(error).split())[:160]
+        reason = in_a_line(error)
         raise CheckpointError(f"{directory}: has no tokenizer that can be read ({reason})") from None
     if not loaded.is_fast:
         raise CheckpointError(f"{directory}: its tokenizer is {type(loaded).__name__}, which has no merges")

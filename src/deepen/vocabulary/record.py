@@ -6,7 +6,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deepen.checkpoint import contained
-from deepen.errors import CheckpointError
+from deepen.errors import CheckpointError, in_a_line
 from deepen.records import Provenance
 
 VOCABULARY_NAME: Final = "vocabulary.json"
@@ -101,5 +101,5 @@ def read_vocabulary(directory: Path) -> VocabularyRecord | None:
     try:
         return VocabularyRecord.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        said = " ".join(str(error).split())[:160]
+        said = in_a_line(error)
         raise CheckpointError(f"{path}: is not the record of an extended vocabulary: {said}") from None

@@ -9,7 +9,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel
 
-from deepen.errors import EvaluationError
+from deepen.errors import EvaluationError, in_a_line
 from deepen.evaluation.chat.messages import Message, digest_of
 from deepen.evaluation.memory import collect_memory, lacks_memory
 from deepen.model import bypass
@@ -108,7 +108,7 @@ class LiveChat:
                 list(conversation), tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, ValueError, TypeError) as error:
-            said = " ".join(str(error).split())[:200]
+            said = in_a_line(error, 200)
             raise EvaluationError(f"the tokenizer's chat template fails on a conversation: {said}") from None
         # The template writes the special tokens itself.
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -15,7 +15,7 @@ import lm_eval.tasks._yaml_loader as harness_yaml
 import yaml
 from lm_eval.tasks import TaskManager
 
-from deepen.errors import EvaluationError
+from deepen.errors import EvaluationError, in_a_line
 from deepen.evaluation.suites.own_task import BUILDERS, dataset_builder, described_keys, harness_config
 from deepen.evaluation.suites.spec import TaskSpec
 
@@ -78,7 +78,7 @@ class TaskLibrary:
         except EvaluationError:
             raise
         except Exception as error:  # the harness raises whatever a task's own code and data lead it to
-            raise EvaluationError(f"{spec.label}: cannot be loaded: {_said(error)}") from None
+            raise EvaluationError(f"{spec.label}: cannot be loaded: {in_a_line(error, 300)}") from None
         for task in content["tasks"].values():
             _ask_as(task, spec)
         return LoadedTask(spec=spec, content=content)
@@ -225,7 +225,3 @@ def quiet_harness() -> Iterator[None]:
         harness_task.tqdm = bar
         if bars:
             datasets.utils.enable_progress_bars()
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -11,7 +11,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-from deepen.errors import DeepenError, EvaluationError
+from deepen.errors import DeepenError, EvaluationError, in_a_line
 from deepen.evaluation.suites.bridge import LiveModel
 from deepen.evaluation.suites.library import LoadedTask, quiet_harness
 from deepen.records import ScoredItem, ScoredTask
@@ -41,7 +41,7 @@ def build_requests(loaded: LoadedTask, limit: int | None) -> str:
                 task.build_all_requests(limit=limit)
         except Exception as error:  # whatever the task's own code and its documents lead to
             raise EvaluationError(
-                f"{loaded.spec.label}: its requests cannot be built: {_said(error)}"
+                f"{loaded.spec.label}: its requests cannot be built: {in_a_line(error, 300)}"
             ) from None
         # The harness builds them for each model anew; here all are asked the very same.
         task.build_all_requests = lambda **_: None
@@ -91,7 +91,7 @@ def score_task(
         OSError,
         RuntimeError,
     ) as error:
-        raise EvaluationError(f"{spec.label}: cannot be scored: {_said(error)}") from None
+        raise EvaluationError(f"{spec.label}: cannot be scored: {in_a_line(error, 300)}") from None
     items = [
         _item(name, sample, spec.metrics, model) for name, held in found["samples"].items() for sample in held
     ]
@@ -99,7 +99,9 @@ def score_task(
         try:
             items = _judge(items, found["samples"], scorers[spec.scorer])
         except (DeepenError, LookupError, TypeError, ValueError) as error:
-            raise EvaluationError(f"{spec.label}: its texts cannot be scored: {_said(error)}") from None
+            raise EvaluationError(
+                f"{spec.label}: its texts cannot be scored: {in_a_line(error, 300)}"
+            ) from None
     return ScoredTask(results=_results(found["results"]), items=items, cut=model.cut)
 
 
@@ -172,7 +174,3 @@ def _simple(value: Any) -> Any:
     if isinstance(value, Iterable):
         return list(value)
     return str(value)
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

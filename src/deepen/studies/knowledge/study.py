@@ -67,7 +67,9 @@ class KnowledgeStudy:
             recipe=dump_recipe(self.recipe),
             cells=len(parts),
             finished=sum(record is not None for record in records),
-            waiting=[_why(part.slot) for part, record in zip(parts, records, strict=True) if record is None],
+            waiting=[
+                part.slot.missing for part, record in zip(parts, records, strict=True) if record is None
+            ],
             rows=_describe(self.cells, models, comparison),
             comparison=comparison,
             provenance=next((record.provenance for record in records if record), None),
@@ -176,7 +178,3 @@ def _read_all(places: Sequence[Path], label: str) -> Evaluated:
     """Read what was evaluated in the cells of one seed as one."""
     first, *rest = [read_evaluated(place, label, _UNIT) for place in places]
     return replace(first, scores={**first.scores, **{k: s for each in rest for k, s in each.scores.items()}})
-
-
-def _why(slot: Slot) -> str:
-    return f"{slot.name}: {f'waits for {slot.waits_for}' if slot.waits_for else 'not computed yet'}"

@@ -11,7 +11,6 @@ from deepen.evaluation.sandbox.inside import kernel, landlock, namespaces, secco
 
 NAMESPACES, LANDLOCK, SECCOMP, BUBBLEWRAP = "namespaces", "landlock", "seccomp", "bubblewrap"
 _THREADS_OF_OTHERS: Final = 4096
-LAYERS: Final = (NAMESPACES, BUBBLEWRAP, LANDLOCK, SECCOMP)
 
 
 def confine(job: dict[str, Any], *, user: int | None, read_write: Collection[str]) -> None:
