@@ -145,17 +145,17 @@ def pooled_score(found: Texts, role: Role, texts: Sequence[TextSet]) -> StudySco
     tokens = _column(chosen[0], "tokens")
     base = _column(chosen[0], "base_nll")
     losses = np.stack([_column(own, "nll") for own in chosen])
-    found = paired_difference(losses.mean(axis=0), base, tokens)
+    pooled = paired_difference(losses.mean(axis=0), base, tokens)
     return StudyScore(
         role=role,
         texts=[text.task for text in chosen[0]],
-        n=found.n,
+        n=pooled.n,
         tokens=int(tokens.sum()),
-        value=found.value,
-        base_value=found.base_value,
-        delta=found.delta,
-        ci_low=found.ci_low,
-        ci_high=found.ci_high,
+        value=pooled.value,
+        base_value=pooled.base_value,
+        delta=pooled.delta,
+        ci_low=pooled.ci_low,
+        ci_high=pooled.ci_high,
         seed_deltas=[float((each - base).sum() / tokens.sum()) for each in losses],
     )
 
