@@ -80,14 +80,8 @@ MODELS = {
 KINDS = {
     "llama": {},
     "gemma3_text": {"sliding_window": 16, "head_dim": 16},
-    "qwen2_moe": {
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 32,
-        "num_experts": 4,
-        "decoder_sparse_step": 2,
-    },
 }
-CASES = [*(("llama", name) for name in MODELS), ("gemma3_text", "interleaved"), ("qwen2_moe", "interleaved")]
+CASES = [*(("llama", name) for name in MODELS), ("gemma3_text", "interleaved")]
 OFTEN = (("gemma3_text", "interleaved"),)
 
 
