@@ -26,6 +26,7 @@ BEGIN, END = "<!-- {name}, by docs/generate.py -->\n", "<!-- end of {name} -->\n
 _PAGES = {
     "baselines-small": "studies.md",
     "ablation-small": "studies.md",
+    "ablation-zero": "studies.md",
     "knowledge-small": "studies.md",
     "continual-small": "continual.md",
     "forgetting": "forgetting.md",
@@ -88,10 +89,8 @@ def _domain(record: StudyRecord, name: str, domain: str) -> str:
     if record.pairs:
         worse = beaten(record)
         head.append("beaten on both by")
-        lines = [
-            [*lines[0], ""],
-            *([*line, ", ".join(worse.get((domain, line[0]), [])) or _NONE] for line in lines[1:]),
-        ]
+        by = ["", *(", ".join(worse.get((domain, row.row), [])) or _NONE for row in rows)]
+        lines = [[*line, names] for line, names in zip(lines, by, strict=True)]
     table = _table(head, lines)
     texts = ", ".join(first.domain_score.texts)
     drawings = _drawings(record, name, domain)
@@ -129,7 +128,7 @@ def _goals(records: Mapping[str, StudyRecord]) -> str:
         for domain in _domains(record):
             rows = {row.row: row for row in record.rows if row.domain == domain}
             worse = beaten(record)
-            for preset in ("balanced", "keep"):
+            for preset in ("balanced", "keep") if {"full", "paper", "balanced", "keep"} <= rows.keys() else ():
                 risen, learned, full = _beside(rows, preset)
                 beaten_by = ", ".join(worse.get((domain, preset), [])) or _NONE
                 base = name.removeprefix("forgetting-")
@@ -140,11 +139,9 @@ def _goals(records: Mapping[str, StudyRecord]) -> str:
 def _beside(rows: Mapping[str, StudyRow], preset: str) -> tuple[str, str, str]:
     risen = {label: row.general.delta for label, row in rows.items() if row.general}
     learned = {label: row.domain_score.value for label, row in rows.items()}
-    of = [
-        f"{100 * (learned[preset] / learned[label] - 1):+.1f}%".replace("-", "−")
-        for label in ("paper", "full")
-    ]
-    return f"{100 * risen[preset] / risen['paper']:.0f}%", of[0], of[1]
+    of = [learned[preset] / learned[label] - 1 for label in ("paper", "full")]
+    paper, full = (f"{ratio:+.1%}".replace("-", "−") for ratio in of)
+    return f"{risen[preset] / risen['paper']:.0%}", paper, full
 
 
 def _drawings(record: StudyRecord, name: str, domain: str) -> list[tuple[str, Chart]]:
