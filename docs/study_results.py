@@ -36,7 +36,7 @@ _PAGES = {
     "forgetting-parts": "forgetting.md",
 }
 _FORGETTING = ("forgetting-books-4m", "forgetting-embedded", "forgetting-stories260k")
-_DRAWN = ("baselines-small", "ablation-small", *_FORGETTING)
+_DRAWN = ("baselines-small", "ablation-small", "ablation-zero", "forgetting-parts", *_FORGETTING)
 _NONE = "–"
 _SCORED = "{}: Δ and 95% interval; seeds"
 

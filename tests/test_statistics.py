@@ -138,6 +138,16 @@ def test_one_item_that_differs_does_not_prove_anything():
     assert math.isfinite(found.ci_high)
 
 
+def test_two_items_that_differ_among_equal_ones_blow_up_nothing():
+    """Draws without them have no spread but the rounding of sums, which is no standard error."""
+    tokens, difference = np.full(47, 193.0), np.zeros(47)
+    difference[[21, 28]] = 11.877120738887868, 3.80984695979015
+    base = np.random.default_rng(5).normal(270, 40, 47)
+    found = paired_difference(base + difference, base, tokens)
+    farthest = difference.sum() / tokens.min()
+    assert -farthest < found.ci_low < found.delta < found.ci_high < farthest
+
+
 def test_equal_seeds_give_equal_intervals():
     items = skewed_items(60, np.random.default_rng(0))
     assert paired_difference(*items, seed=4) == paired_difference(*items, seed=4)

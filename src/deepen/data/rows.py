@@ -195,7 +195,8 @@ def _parse(content: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         # `where` names the line of a file of one record a line.
         line = f"line {error.lineno} " if "\n" in content.strip() else ""
-        column = error.colno if line else error.pos + 1
+        # Python's scanner looks for a value behind the blanks at the end, on what is no line of the file.
+        column = error.colno if line else min(error.pos, len(content.rstrip())) + 1
         raise DataError(f"{where}: not JSON: {error.msg} at {line}column {column}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: JSON that cannot be read: {error}") from error

@@ -155,9 +155,12 @@ def _pivots(sums: _Floats, n: int) -> _Floats:
     """Studentise draws given by their sums (see `_resampled_sums`); not finite where a draw has no spread."""
     total, size, square, product, size_square = sums.T
     deviation = total / size
-    variance = square - 2 * deviation * product + deviation**2 * size_square
+    whole = square + deviation**2 * size_square
+    variance = whole - 2 * deviation * product
+    # What is left of it by rounding, where all that was drawn differs alike, is none.
+    variance = np.where(variance > _ROUNDING * whole, variance, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        pivot: _Floats = total / np.sqrt(np.maximum(variance, 0) * n / (n - 1))
+        pivot: _Floats = total / np.sqrt(variance * n / (n - 1))
     return pivot
 
 
