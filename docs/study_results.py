@@ -37,6 +37,7 @@ _PAGES = {
 }
 _FORGETTING = ("forgetting-books-4m", "forgetting-embedded", "forgetting-stories260k")
 _DRAWN = ("baselines-small", "ablation-small", "ablation-zero", "forgetting-parts", *_FORGETTING)
+_PRESETS = ("balanced", "keep")
 _NONE = "–"
 _SCORED = "{}: Δ and 95% interval; seeds"
 
@@ -128,7 +129,7 @@ def _goals(records: Mapping[str, StudyRecord]) -> str:
         for domain in _domains(record):
             rows = {row.row: row for row in record.rows if row.domain == domain}
             worse = beaten(record)
-            for preset in ("balanced", "keep") if {"full", "paper", "balanced", "keep"} <= rows.keys() else ():
+            for preset in _PRESETS if {"full", "paper", *_PRESETS} <= rows.keys() else ():
                 risen, learned, full = _beside(rows, preset)
                 beaten_by = ", ".join(worse.get((domain, preset), [])) or _NONE
                 base = name.removeprefix("forgetting-")
