@@ -1,11 +1,13 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import write_tiny_llama
 from safetensors.torch import load_file
 from scipy.stats import sem
 from tiny_run import WORDS, write_base
@@ -299,6 +301,7 @@ def test_conversations_of_several_turns_are_no_task(recipe, tmp_path):
 RECIPES = {
     "docs": re.search("```yaml\n(output:.*?)```", (ROOT / "docs/continual.md").read_text(), re.DOTALL)[1],
     "small": (ROOT / "recipes/studies/continual-small.yaml").read_text(),
+    "paper": (ROOT / "recipes/studies/trace-llama2-7b-chat.yaml").read_text(),
 }
 
 
@@ -306,6 +309,27 @@ RECIPES = {
 def test_recipes_shown_are_valid(tmp_path, name):
     (tmp_path / "r.yaml").write_text(RECIPES[name])
     assert len(load_document(tmp_path / "r.yaml", ContinualRecipe).sequence) == 8
+
+
+def test_the_recipe_of_trace_is_planned_as_its_paper_has_it(data_dir, tmp_path, monkeypatch):
+    """Its eight tasks, with the epochs of its scripts, for the three methods of its tables and two more."""
+    (tmp_path / "data").mkdir()
+    whole = data_dir / "trace" / "LLM-CL-Benchmark_500"
+    shutil.copytree(whole, tmp_path / "data" / "LLM-CL-Benchmark_5000")
+    meetings = tmp_path / "data" / "LLM-CL-Benchmark_5000" / "MeetingBank"
+    if not (meetings / "train.json").exists():
+        shutil.copy(meetings / "eval.json", meetings / "train.json")
+    base = write_tiny_llama(tmp_path / "base", blocks=32, max_position_embeddings=4096, vocab_size=512)
+    for file in (data_dir / "models" / "stories260k").glob("tokenizer*"):
+        shutil.copy(file, base)
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "recipes" / "studies" / "trace-llama2-7b-chat.yaml"
+    study = open_continual(path, None, [f"base={base}", "deltas={}"])
+    assert [method.name for method in study.recipe.methods] == [
+        *("seqft", "lora", "replay", "blocks-once", "blocks-each")
+    ]
+    assert [task.epochs for task in study.recipe.sequence] == [5, 3, 7, 5, 3, 5, 5, 7]
+    assert len(study.slots()) == 1 + 5  # the base is asked too
 
 
 def test_trace_itself_is_read(data_dir, tmp_path):

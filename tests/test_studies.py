@@ -458,6 +458,7 @@ KINDS = {
     "forgetting-stories260k": BaselinesRecipe,
     "knowledge-small": KnowledgeRecipe,
     "law": BaselinesRecipe,
+    "trace-llama2-7b-chat": ContinualRecipe,
 }
 
 
