@@ -14,7 +14,7 @@ from deepen.expansion import read_expansion
 
 # A change here is a change of the public command line: say so in the changelog.
 OPTIONS = {
-    "expand": "--after --blocks --dry-run --groups --init --json --overwrite --placement --shard-size",
+    "expand": "--after --blocks --dry-run --groups --init --json --overwrite --placement --shard-size --zero",
     "verify": "--base-only --full --json --logits",
     "blocks merge": "--json --overwrite --shard-size",
     "blocks extract": "--json --overwrite --pack",
