@@ -66,7 +66,7 @@ def figures(records: Path) -> dict[str, str]:
 def _result(records: Path, name: str) -> str:
     path = records / f"{name}.json"
     if name == "forgetting":
-        return _goals({name: read_record(records / f"{name}.json", StudyRecord) for name in _FORGETTING})
+        return _goals({each: read_record(records / f"{each}.json", StudyRecord) for each in _FORGETTING})
     if name == "continual-small":
         return _continual(read_record(path, ContinualRecord))
     if name == "knowledge-small":
@@ -105,11 +105,7 @@ def _domain(record: StudyRecord, name: str, domain: str) -> str:
 def _switched(rows: Sequence[StudySwitch]) -> str:
     first, sides = rows[0], ("domain", "general")
     said = f"With a switch, behind the first {first.prompt_tokens} tokens of each window, which decide:"
-    head = [
-        "",
-        *(f"{side}: Δ and 95% interval; seeds" for side in sides),
-        *(f"{side}: wrong" for side in sides),
-    ]
+    head = ["", *map(_SCORED.format, sides), *(f"{side}: wrong" for side in sides)]
     base = ["base", loss(first.domain_score.base_value), _base_of(first.general), "", "", ""]
     lines = [
         [

@@ -7,16 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepen.evaluation.statistics import paired_difference
-from deepen.records import (
-    Difference,
-    EvaluationRecord,
-    StudyPair,
-    StudyRow,
-    StudyScore,
-    TextResult,
-    read_record,
-)
+from deepen.records import Difference, StudyPair, StudyRow, StudyScore, TextResult
 from deepen.studies.cells import Store
+from deepen.studies.table import item_column, read_texts
 
 
 def study_pairs(rows: Sequence[StudyRow], store: Store) -> list[StudyPair]:
@@ -25,11 +18,11 @@ def study_pairs(rows: Sequence[StudyRow], store: Store) -> list[StudyPair]:
     Raises:
         DataError: a cell's record is missing or malformed.
     """
-    texts = {row.row + row.domain: _texts(row, store) for row in rows}
+    texts = {(row.domain, row.row, seed): found for row in rows for seed, found in _texts(row, store)}
 
     def pair(one: StudyRow, other: StudyRow) -> StudyPair | None:
         seeds = [seed for seed in one.seeds if seed in other.seeds]
-        held = [[texts[row.row + row.domain][seed] for seed in seeds] for row in (one, other)]
+        held = [[texts[row.domain, row.row, seed] for seed in seeds] for row in (one, other)]
         if not seeds:
             return None
         kept = one.general and other.general and _difference(held, one.general)
@@ -46,11 +39,8 @@ def study_pairs(rows: Sequence[StudyRow], store: Store) -> list[StudyPair]:
     return [found for one, other in alike if (found := pair(one, other))]
 
 
-def _texts(row: StudyRow, store: Store) -> dict[int, list[TextResult]]:
-    files = (store.study / cell / "evaluation" / "heldout.json" for cell in row.cells)
-    return {
-        seed: read_record(file, EvaluationRecord).texts for seed, file in zip(row.seeds, files, strict=True)
-    }
+def _texts(row: StudyRow, store: Store) -> list[tuple[int, list[TextResult]]]:
+    return [(seed, read_texts(store, cell)) for seed, cell in zip(row.seeds, row.cells, strict=True)]
 
 
 def _difference(held: Sequence[Sequence[Sequence[TextResult]]], score: StudyScore) -> Difference:
@@ -62,4 +52,4 @@ def _difference(held: Sequence[Sequence[Sequence[TextResult]]], score: StudyScor
 
 def _items(texts: Sequence[TextResult], score: StudyScore, name: str) -> NDArray[np.float64]:
     named = [text for text in texts if text.role == score.role and text.task in score.texts]
-    return np.concatenate([np.asarray(getattr(text.items, name), dtype=np.float64) for text in named])
+    return item_column(named, name)

@@ -105,9 +105,18 @@ def _read(store: Store, folder: str, seed: int, record: CellRecord) -> _Run:
         seed=seed,
         folder=folder,
         facts=RunFacts.model_validate(record.result),
-        texts=read_record(directory / "evaluation" / "heldout.json", EvaluationRecord).texts,
+        texts=read_texts(store, folder),
         training=training,
     )
+
+
+def read_texts(store: Store, folder: str) -> list[TextResult]:
+    """Return the items of the texts that a finished cell was evaluated on.
+
+    Raises:
+        DataError: its record is missing or malformed.
+    """
+    return read_record(store.study / folder / "evaluation" / "heldout.json", EvaluationRecord).texts
 
 
 def needed(score: StudyScore | None, place: Place) -> StudyScore:
@@ -142,9 +151,9 @@ def pooled_score(found: Texts, role: Role, texts: Sequence[TextSet]) -> StudySco
     for folder, own in zip(found, chosen, strict=True):
         if [text.digest for text in own] != [text.digest for text in chosen[0]]:
             raise StudyError(f"{folder}: not evaluated on the same items as {next(iter(found))}")
-    tokens = _column(chosen[0], "tokens")
-    base = _column(chosen[0], "base_nll")
-    losses = np.stack([_column(own, "nll") for own in chosen])
+    tokens = item_column(chosen[0], "tokens")
+    base = item_column(chosen[0], "base_nll")
+    losses = np.stack([item_column(own, "nll") for own in chosen])
     pooled = paired_difference(losses.mean(axis=0), base, tokens)
     return StudyScore(
         role=role,
@@ -160,7 +169,8 @@ def pooled_score(found: Texts, role: Role, texts: Sequence[TextSet]) -> StudySco
     )
 
 
-def _column(texts: Sequence[TextResult], name: str) -> NDArray[np.float64]:
+def item_column(texts: Sequence[TextResult], name: str) -> NDArray[np.float64]:
+    """Return one number of every item of some texts, one text after another."""
     return np.concatenate([np.asarray(getattr(text.items, name), dtype=np.float64) for text in texts])
 
 
