@@ -34,7 +34,7 @@ from deepen.records import (
     StudyRecord,
     read_record,
 )
-from deepen.report import render_study
+from deepen.report import render_study, study_figures, svg
 from deepen.studies import engine
 from deepen.studies.engine import Share, run_cells
 from deepen.studies.pairs import study_pairs
@@ -211,6 +211,11 @@ def test_a_row_is_beaten_where_both_intervals_are_clear_of_zero(learned, kept, b
 
     pair = StudyPair(domain="d", row="one", other="other", seeds=[0], learned=gap(learned), kept=gap(kept))
     assert pair.better() == better
+
+
+def test_no_two_rows_of_a_large_plane_look_alike():
+    looks = {(number % len(svg.SERIES), number % len(study_figures._MARKERS)) for number in range(20)}
+    assert len(looks) == 20
 
 
 def column_of(run, name):

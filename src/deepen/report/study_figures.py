@@ -9,7 +9,8 @@ from deepen.records import StudyRecord, StudyRow, StudyScore
 from deepen.report.svg import INK, MUTED, SERIES, Chart, chart
 from deepen.report.wording import change, count, loss
 
-_MARKERS = "os^DvPX"
+# One more than the colours: no two of some dozens of rows look alike.
+_MARKERS = "os^DvPX*"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 
 
